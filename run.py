@@ -1,0 +1,344 @@
+"""What a run is, and nothing of what it computes: arguments, folder, resume, save, stop, progress.
+
+A line that could change a number in a paper's table does not stand here; a line that an MNIST classifier would need as
+well does. A run folder holds
+
+    config.json          every argument, written before the first update
+    metrics.jsonl        one JSON object a line, a record every few updates
+    samples/task<k>.png  a picture after each task
+    task<k>.pt           {"model": state dict, "config": dict} after each task, all that later steps need
+    checkpoint.pt        inside a task: models, optimizer, position; checkpoint.old.pt is the one before
+"""
+
+import argparse
+import errno
+import fcntl
+import json
+import os
+import pickle
+import re
+import resource
+import signal
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+MACHINE = ("data_dir", "out", "device", "compile", "save_every", "restart", "command", "torch")  # change no number
+locks, signals = [], []  # of this process: the run folders it holds, the signals that asked it to stop
+last_save = time.monotonic()
+
+
+class InputError(ValueError):
+    """A person's mistake, told in one sentence that says what to do; `main` prints it and exits with code 2."""
+
+
+def main(function):
+    """Run a script's main: a person's mistake ends it with one sentence and exit code 2, never with a traceback."""
+    try:
+        return function()
+    except InputError as error:
+        sentence, code = f"error: {error}", 2
+    except torch.OutOfMemoryError:
+        sentence, code = "error: out of device memory; lower --batch-size or use --precision bf16", 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOENT):
+            raise
+        sentence, code = f"error: {error}; make room or mend the folder, and the same command goes on", 2
+    except KeyboardInterrupt:
+        sentence, code = "stopped", 130
+    print(sentence, file=sys.stderr)
+    sys.exit(code)
+
+
+# -------------------------------------------------------------------------------------------------- arguments
+
+def add_arguments(parser):
+    """The arguments that say where and how a run happens, the same for every train script."""
+    parser.add_argument("--data-dir", default="data", help="where the dataset lies or is downloaded to (default: data)")
+    parser.add_argument("--out", help="the run folder itself (default: runs/<dataset>/<name>/seed<seed>)")
+    parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda or cuda:<i>")
+    parser.add_argument("--save-every", type=interval, default=("minutes", 10.0), metavar="500|10m",
+                        help="checkpoint inside a task every so many updates (500) or minutes (10m, the default)")
+    parser.add_argument("--restart", action="store_true", help="delete what the run folder holds and start over")
+
+
+def positive(kind, most=sys.float_info.max):
+    """A type for argparse: a finite number of that kind, int or float, above 0 and at most `most`."""
+    def parse(text):
+        if not 0 < kind(text) <= most:
+            raise argparse.ArgumentTypeError(f"must be above 0 and at most {most:g}, not {text}")
+        return kind(text)
+    parse.__name__ = f"positive {kind.__name__}"  # argparse names it when the text is no number
+    return parse
+
+
+def per_task(kind):
+    """A type for argparse: one positive number, or several with commas, one per task."""
+    def parse(text):
+        return [positive(kind)(part) for part in text.split(",")]
+    parse.__name__ = f"comma-separated {kind.__name__}"
+    return parse
+
+
+def spread(values, tasks):
+    """One value per task from what `per_task` read: the last one repeats."""
+    return (values + values[-1:] * tasks)[:tasks]
+
+
+def interval(text):
+    """A type for argparse: "500" -> ("updates", 500.0), "10m" -> ("minutes", 10.0)."""
+    if not re.fullmatch(r"\d+|\d*\.?\d+m", text) or float(text.rstrip("m")) == 0:
+        raise argparse.ArgumentTypeError(f"say 500 for updates or 10m for minutes, not {text}")
+    return ("minutes", float(text[:-1])) if text.endswith("m") else ("updates", float(text))
+
+
+def fill(args, preset):
+    """Give every argument left at None its value from the preset; the command line wins."""
+    for key, value in preset.items():
+        if getattr(args, key, None) is None:
+            setattr(args, key, value)
+
+
+def run_name(base, args, preset):
+    """`base` and whatever departs from the preset: gd-2, gd-2-lam0.5, gd-2-laptop, finetune-lr0.001-linear."""
+    for key, usual in preset.items():
+        value = getattr(args, key)
+        if value != usual and value not in (None, []):
+            value = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            tag = f"no{key}" if value == "False" else f"{key}{value}" if value[0].isdigit() else value
+            base += "-" + re.sub(r"[^\w.]+", "_", tag)
+    return base
+
+
+def pick_device(name):
+    """The torch.device called auto, cpu, cuda or cuda:<i>; auto is CUDA where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise InputError(f"--device must be auto, cpu, cuda or cuda:<i>, not {name}")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name} is not there, torch sees {torch.cuda.device_count()} CUDA devices; "
+                         "use --device cpu")
+    return device
+
+
+# -------------------------------------------------------------------------------------------- folder and files
+
+def open_folder(config):
+    """Make or reopen the run folder of `config` and return its path; refuse one that holds another run or is in use.
+
+    From here on Ctrl-C and SIGTERM only leave a note in `signals`: a run ends after a whole update and a save.
+    """
+    config = json.loads(json.dumps(dict(config, command=" ".join(["python", *sys.argv]), torch=torch.__version__)))
+    folder = Path(config["out"] or Path("runs", config["dataset"], config["name"], f"seed{config['seed']}"))
+    try:
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "a+")
+    except OSError as error:
+        raise InputError(f"cannot write to {folder} ({error.strerror}); choose another folder with --out") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # falls with the process, however that ends
+    except BlockingIOError as error:
+        lock.seek(0)
+        raise InputError(f"{folder} is in use by process {lock.read()}; wait for it or choose another --out") from error
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    locks.append(lock)
+
+    if config["restart"]:
+        for pattern in ("*.json*", "task*.pt", "checkpoint*.pt", "samples/task*.png"):
+            for path in folder.glob(pattern):
+                path.unlink()
+    for path in folder.glob("*.tmp"):  # left by a save that was killed
+        path.unlink()
+    if not (folder / "config.json").exists():
+        if any(folder.glob("*.pt")):
+            raise InputError(f"{folder} holds weights but no config.json; choose another --out or use --restart")
+        write_json(folder / "config.json", config)
+    try:
+        before = json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise InputError(f"{folder}/config.json is damaged; choose another --out or use --restart") from error
+    differs = [f"{key} was {before.get(key)} and is {config.get(key)}"
+               for key in sorted({*before, *config} - {*MACHINE}) if before.get(key) != config.get(key)]
+    if differs:
+        raise InputError(f"{folder} holds a run with other settings ({'; '.join(differs)}); choose another --out, "
+                         "or --restart to delete it")
+    if before["torch"] != config["torch"]:
+        print(f"begun with torch {before['torch']}: the continuation need not be bitwise the same", file=sys.stderr)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: signals.append(number))
+    return folder
+
+
+def save(path, state):
+    """torch.save that leaves either the old file or the new one, never a part: write aside, flush to disk, rename."""
+    replace(path, lambda file: torch.save(state, file))
+
+
+def write_json(path, value):
+    """json.dump, as safe as `save`."""
+    replace(path, lambda file: file.write((json.dumps(value, indent=1, allow_nan=False) + "\n").encode()))
+
+
+def save_png(path, picture):
+    """Save a PIL image, as safe as `save`."""
+    replace(path, lambda file: picture.save(file, "PNG"))
+
+
+def replace(path, write):
+    """Replace the file at `path` by what write(file) writes, all or nothing."""
+    path = Path(path)
+    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(tmp, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(tmp, path)
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+        tmp.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path} ({str(error).splitlines()[0]}); what was saved before is intact: make "
+                         "room or mend the folder, and the same command goes on from there") from error
+
+
+def load(path):
+    """torch.load to the CPU of tensors and plain values alone, every byte checked against the file's checksums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load would not notice a flipped bit
+        if not damaged:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        reason = f"{damaged} fails its checksum"
+    except FileNotFoundError as error:
+        raise InputError(f"there is no file {path}") from error
+    except pickle.UnpicklingError:
+        reason = "it holds more than tensors and plain values, and nothing of it was executed"
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        reason = str(error).partition("\n")[0]
+    raise InputError(f"{path} is damaged or was not made by torch.save ({reason})")
+
+
+def load_weights(model, path):
+    """Load a task<k>.pt, or a bare state dict such as a diffusers .bin, into the model; every name must match."""
+    weights = load(path)
+    try:
+        model.load_state_dict(weights.get("model", weights))
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise InputError(f"{path} holds no weights for this network; choose the matching --unet") from error
+
+
+def save_due(every, update):
+    """Whether to save after this update: `every` is ("minutes", x) or ("updates", x); at once if asked to stop."""
+    global last_save
+    minutes = (time.monotonic() - last_save) / 60
+    due = minutes > every[1] if every[0] == "minutes" else update % int(every[1]) == 0
+    if due:
+        last_save = time.monotonic()
+    return due or bool(signals)
+
+
+def save_checkpoint(folder, state):
+    """Save the state inside a task (`task`, `update`, the number done, and whatever else), keep the checkpoint before,
+    and leave with exit code 130 or 143 if Ctrl-C or SIGTERM asked for it.
+    """
+    if (folder / "checkpoint.pt").exists():
+        os.replace(folder / "checkpoint.pt", folder / "checkpoint.old.pt")
+    save(folder / "checkpoint.pt", state)
+    exit_if_stopped(f"task {state['task']}, update {state['update']}")
+
+
+def exit_if_stopped(where):
+    """Leave with exit code 130 or 143 if Ctrl-C or SIGTERM asked for it; everything up to `where` is saved."""
+    if signals:
+        print(f"stopped after {where}; the same command goes on from there", file=sys.stderr)
+        sys.exit(128 + signals[0])
+
+
+def latest(folder, tasks):
+    """The newest state of a run or None: a checkpoint inside a task, else {"task", "update": 0, "model"} after one."""
+    finished = max((k for k in range(1, tasks + 1) if (folder / f"task{k}.pt").exists()), default=0)
+    refused = []
+    for path in (folder / "checkpoint.pt", folder / "checkpoint.old.pt"):
+        try:
+            state = load(path) if path.exists() else {"task": 0}
+        except InputError as error:
+            refused.append(str(error))
+            continue
+        if state["task"] > finished:
+            break
+    else:
+        state = None
+        if finished:
+            state = {"task": finished + 1, "update": 0, "model": load(folder / f"task{finished}.pt")["model"]}
+        elif refused:
+            raise InputError(f"{refused[0]}, and there is no other to go on from; start over with --restart")
+    if refused:
+        print(f"{refused[0]}; going back to task {state['task']}, update {state['update']}", file=sys.stderr)
+    elif state:
+        print(f"going on from task {state['task']}, update {state['update']}")
+    return state
+
+
+# --------------------------------------------------------------------------------------------- records, progress
+
+def reporter(folder, state, updates, passes, device):
+    """A function report(task, update, images, losses=None) to call after every update, 1 .. n, of every task.
+
+    It moves a live line of tqdm's, and where `losses`, [all, new, replayed] as floats, are given adds a record to
+    metrics.jsonl. `updates` and `passes`, the cost of an update, are lists by task, for the time left in the whole run.
+    The records after `state`, whose updates a resumed run does again, are dropped.
+    """
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut the last line short
+    records = [r for r in records if (r["task"], r["update"]) <= (state["task"], state["update"])]
+    replace(path, lambda file: file.write("".join(json.dumps(r) + "\n" for r in records).encode()))
+    begun = time.perf_counter() - (records[-1]["seconds"] if records else 0)
+    bar, last, since = None, state["update"], time.perf_counter()
+
+    def report(task, update, images, losses=None):
+        nonlocal bar, last, since
+        n, now = updates[task - 1], time.perf_counter()
+        if bar is None:
+            bar = tqdm(total=n, initial=update - 1, desc=f"task {task}/{len(updates)}", disable=None, leave=False)
+        bar.update()
+        if losses is None:
+            return
+        ms = 1000 * (now - since) / (update - last)
+        costs = [n * cost for n, cost in zip(updates, passes)]
+        left = ms / 1000 * (sum(costs[task - 1:]) - update * passes[task - 1]) / passes[task - 1]
+        record = {"task": task, "update": update, "loss": losses[0], "loss_new": losses[1], "loss_replay": losses[2],
+                  "ms_per_update": round(ms, 2), "images_per_s": round(1000 * images / ms, 1),
+                  "peak_memory_mb": peak_memory_mb(device), "seconds": round(now - begun, 2)}
+        with open(path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        bar.set_postfix_str(f"loss {losses[1]:.4f} new {losses[2]:.4f} replayed, {ms:.1f} ms, "
+                            f"{tqdm.format_interval(left)} to the end of the run")
+        last, since = update, now
+        if update == n:
+            bar.close()
+            print(f"task {task}/{len(updates)}: {n} updates, loss {losses[1]:.4f} new, {losses[2]:.4f} replayed, "
+                  f"{ms:.1f} ms per update, {now - begun:.0f} s so far", flush=True)
+            bar, last = None, 0
+    return report
+
+
+def check_finite(losses, task, update):
+    """Stop the run if a loss is NaN or infinite: such weights are never saved, and what was saved before is intact."""
+    if not losses.isfinite().all():
+        sys.exit(f"error: the losses of task {task}, update {update}, are {losses.tolist()}; lower --lr or use "
+                 "--precision fp32")
+
+
+def peak_memory_mb(device):
+    """The most memory this process has held, in MB of 2^20 bytes: on the device for CUDA, in all for the CPU."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)

@@ -1,0 +1,190 @@
+"""Schedules and samplers against closed forms and diffusers.  Run: python -m pytest tests/test_ddim.py"""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from torch.testing import assert_close
+
+from ddim import T, alpha_bar, ddpm_sample, eval_mode, q_sample, sample, seed, timesteps
+
+ZERO_SNR = {0: 0.99990, 9: 0.998094, 49: 0.970832, 99: 0.896378, 199: 0.657087, 299: 0.393434, 399: 0.192006,
+            499: 0.0760287, 599: 0.0241821, 699: 6.02229e-3, 799: 1.08892e-3, 899: 1.06130e-4, 949: 1.65655e-5,
+            989: 4.57429e-7, 998: 4.213e-9, 999: 0.0}
+LINEAR = {49: 0.971016, 99: 0.897018, 499: 0.0785872, 799: 1.53209e-3, 899: 2.75206e-4, 999: 4.03583e-5}
+JDCL = {0: 0.99900, 100: 0.8210, 250: 0.4277, 500: 0.0554, 750: 2.16e-3, 999: 2.57e-5}
+
+
+@pytest.mark.parametrize("name, values, rtol",
+                         [("zero-snr", ZERO_SNR, 1e-4), ("linear", LINEAR, 1e-5), ("jdcl", JDCL, 2e-3)])
+def test_schedule_values(name, values, rtol):
+    abar = alpha_bar(name)
+    assert abar.shape == (T + 1,) and abar.dtype == torch.float32 and abar[-1] == 1
+    for t, value in values.items():
+        assert_close(abar[t].item(), value, rtol=rtol, atol=0)
+    assert (abar[:-1].diff() < 0).all(), "the signal falls with t"
+
+
+def test_schedules_are_those_of_diffusers():
+    linear = DDIMScheduler(beta_schedule="linear").alphas_cumprod
+    rescaled = DDIMScheduler(beta_schedule="linear", rescale_betas_zero_snr=True).alphas_cumprod
+    assert_close(alpha_bar("linear")[:-1], linear, rtol=1e-5, atol=1e-7)
+    assert_close(alpha_bar("zero-snr")[:-1], rescaled, rtol=0, atol=1e-6)
+
+
+def test_unknown_schedule_and_steps():
+    with pytest.raises(ValueError, match="zero-snr"):
+        alpha_bar("cosine")
+    for steps in (0, -1, 1001):
+        with pytest.raises(ValueError, match="1 to 1000"):
+            timesteps(steps)
+
+
+def test_timesteps():
+    assert timesteps(2) == [999, 499]
+    assert timesteps(10) == [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]
+    assert timesteps(20) == list(range(999, 0, -50))
+    assert timesteps(1000) == list(range(999, -1, -1))
+    for steps in range(1, T + 1):
+        taus = timesteps(steps)
+        assert len(taus) == steps and taus[0] == 999 and taus[-1] >= 0
+        assert all(a > b for a, b in zip(taus, taus[1:]))
+
+
+def test_seed_streams_differ_and_repeat():
+    def draw(*key):
+        seed(*key)
+        return torch.randn(4)
+    assert_close(draw(42, "noise", 1, 0), draw(42, "noise", 1, 0), rtol=0, atol=0)
+    keys = [(42, "noise", 1, 0), (42, "noise", 1, 1), (42, "noise", 2, 0), (43, "noise", 1, 0), (42, "order", 1, 0)]
+    assert len({tuple(draw(*key).tolist()) for key in keys}) == len(keys)
+
+
+def test_q_sample_moments():
+    seed("test")
+    abar, x_0 = alpha_bar(), torch.full((2, 1, 200, 200), 0.5)
+    t = torch.tensor([99, 999])
+    x_t = q_sample(x_0, t, torch.randn_like(x_0), abar)
+    assert_close(x_t.mean((1, 2, 3)), 0.5 * abar[t].sqrt(), rtol=0, atol=0.02)
+    assert_close(x_t.var((1, 2, 3)), 1 - abar[t], rtol=0.02, atol=0)
+
+
+def one_image(x_0, abar):
+    """The exact eps when all data are the one image x_0: eps = (x_t - sqrt(abar_t) x_0) / sqrt(1 - abar_t)."""
+    def model(x_t, t):
+        a = abar[t].view(-1, 1, 1, 1)
+        return (x_t - a.sqrt() * x_0) / (1 - a).sqrt()
+    return model
+
+
+@pytest.mark.parametrize("steps", [2, 3, 7, 10, 15, 100, 999])
+@pytest.mark.parametrize("schedule", ["zero-snr", "linear", "jdcl"])
+def test_ddim_returns_the_one_image(schedule, steps):
+    seed("test")
+    x_0, abar = torch.rand(1, 1, 4, 4) * 1.8 - 0.9, alpha_bar(schedule)
+    x = sample(one_image(x_0, abar), torch.randn(3, 1, 4, 4), abar, steps)
+    assert_close(x, x_0.expand(3, -1, -1, -1), rtol=0, atol=2e-4)
+
+
+def test_ddpm_returns_the_one_image():
+    seed("test")
+    x_0, abar = torch.rand(1, 1, 4, 4) * 1.8 - 0.9, alpha_bar()
+    x = ddpm_sample(one_image(x_0, abar), torch.randn(3, 1, 4, 4), abar)
+    assert_close(x, x_0.expand(3, -1, -1, -1), rtol=0, atol=2e-4)
+
+
+def gaussian(mean, var, abar):
+    """The exact eps when data are N(mean, var): sqrt(1 - abar) (x_t - sqrt(abar) mean) / (abar var + 1 - abar)."""
+    def model(x_t, t):
+        a = abar[t].view(-1, 1, 1, 1)
+        return (1 - a).sqrt() * (x_t - a.sqrt() * mean) / (a * var + 1 - a)
+    return model
+
+
+def test_ddim_of_gaussian_data_is_the_product_of_its_linear_steps():
+    """With N(mean, var) data every unclipped DDIM step is affine in x; compose the steps by hand in float64."""
+    mean, var, abar, steps = 0.3, 0.04, alpha_bar("linear"), 25
+    x_T = torch.linspace(-2, 2, 9).view(-1, 1, 1, 1)
+    x, a = x_T.double(), abar.double()
+    for t, s in zip(timesteps(steps), timesteps(steps)[1:] + [-1]):
+        eps = (1 - a[t]).sqrt() * (x - a[t].sqrt() * mean) / (a[t] * var + 1 - a[t])
+        x = a[s].sqrt() * (x - (1 - a[t]).sqrt() * eps) / (a[t] + 1e-8).sqrt() + (1 - a[s]).sqrt() * eps
+    assert_close(sample(gaussian(mean, var, abar), x_T, abar, steps, clip=False).double(), x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", ["ddim, eta 0", "ddim, eta 1", "ddpm"])
+def test_samplers_reproduce_gaussian_data(sampler):
+    seed("test")
+    mean, var, abar = 0.3, 0.04, alpha_bar("linear")
+    model, x_T = gaussian(mean, var, abar), torch.randn(20_000, 1, 1, 1)
+    x = ddpm_sample(model, x_T, abar, clip=False) if sampler == "ddpm" else sample(
+        model, x_T, abar, 1000, eta=float(sampler[-1]), clip=False)
+    assert_close(x.mean().item(), mean, rtol=0, atol=0.01)
+    assert_close(x.var().item(), var, rtol=0.05, atol=0)
+
+
+def smooth(x_t, t):
+    """An analytic stand-in for a network, smooth in x_t, so that float errors do not grow as at a clip."""
+    return 0.9 * torch.tanh(x_t) + 0.1 * torch.cos(t.float() / 100).view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("steps", [2, 10, 50])
+def test_ddim_equals_diffusers(steps):
+    seed("test")
+    scheduler = DDIMScheduler(beta_schedule="linear", timestep_spacing="trailing", clip_sample=True)
+    scheduler.set_timesteps(steps)
+    assert scheduler.timesteps.tolist() == timesteps(steps)
+    x_T = torch.randn(4, 1, 8, 8)
+    x = x_T
+    for t in scheduler.timesteps:
+        x = scheduler.step(smooth(x, t.expand(4)), t, x, use_clipped_model_output=False).prev_sample
+    assert_close(sample(smooth, x_T, alpha_bar("linear"), steps), x, rtol=1e-3, atol=1e-3)
+
+
+def test_ddpm_equals_diffusers():
+    x_T = torch.randn(4, 1, 4, 4)
+    scheduler = DDPMScheduler(beta_schedule="linear", clip_sample=True)
+    scheduler.set_timesteps(T)
+    seed("same noise")
+    x = x_T
+    for t in scheduler.timesteps:
+        x = scheduler.step(smooth(x, t.expand(4)), t, x).prev_sample
+    seed("same noise")
+    assert_close(ddpm_sample(smooth, x_T, alpha_bar("linear")), x, rtol=1e-3, atol=1e-3)
+
+
+def test_eta_zero_draws_no_noise_and_one_does():
+    abar, x_T = alpha_bar(), torch.randn(2, 1, 4, 4)
+    seed("test")
+    sample(smooth, x_T, abar, 10)
+    after = torch.randn(3)
+    seed("test")
+    assert_close(torch.randn(3), after, rtol=0, atol=0)
+    a, b = sample(smooth, x_T, abar, 10, eta=1.0), sample(smooth, x_T, abar, 10, eta=1.0)
+    assert not torch.equal(a, b)
+
+
+def test_clip_bounds_the_samples():
+    x_T, abar = 5 * torch.randn(8, 1, 4, 4), alpha_bar("jdcl")
+    assert sample(smooth, x_T, abar, 5).abs().max() <= 1
+    assert sample(smooth, x_T, abar, 5, clip=False).abs().max() > 1
+
+
+def test_sampling_is_in_eval_mode_without_gradients_and_leaves_the_model_alone():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.drop = torch.nn.Conv2d(1, 1, 1), torch.nn.Dropout(0.5)
+            self.frozen = torch.nn.Dropout(0.5).eval()
+            self.seen = []
+
+        def forward(self, x, t):
+            self.seen.append((self.training, self.drop.training, torch.is_grad_enabled()))
+            return self.drop(self.conv(x))
+
+    net = Net()
+    out = sample(net, torch.randn(2, 1, 4, 4), alpha_bar(), 3)
+    assert net.seen == [(False, False, False)] * 3 and not out.requires_grad
+    assert net.training and net.drop.training and not net.frozen.training
+    with pytest.raises(RuntimeError), eval_mode(net):
+        raise RuntimeError
+    assert net.training, "the mode comes back also after an error"

@@ -1,0 +1,454 @@
+"""The losses of train_gr.py and train_gd.py, their presets, and whole runs by subprocess, killed and resumed.
+
+Run: python -m pytest tests/test_train.py
+"""
+
+import difflib
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from torch.testing import assert_close
+
+import data
+import train_gd
+import train_gr
+from ddim import T, alpha_bar, q_sample, sample, seed
+from unet import NETS, UNet
+
+TINY = ["--dataset", "shapes", "--scale", "laptop", "--batch-size", "8", "--device", "cpu"]
+
+
+def net(name=1):
+    seed("weights", name)
+    return UNet(**NETS["laptop"]).eval()
+
+
+def batch(n=4):
+    seed("batch")
+    return data.normalize(torch.randint(256, (n, 1, 16, 16), dtype=torch.uint8))
+
+
+# ------------------------------------------------------------------------------------------------ arguments
+
+def test_defaults_are_the_papers_runs():
+    args = train_gd.get_args([])
+    assert (args.dataset, args.unet, args.image_size) == ("fashion-mnist", "fashion-mnist", 32)
+    assert (args.batch_size, args.epochs) == (128, [100])
+    assert (args.teacher_steps, args.sample_steps, args.lam, args.lr, args.tasks) == (2, 10, 0.75, 2e-4, 5)
+    assert (args.schedule, args.precision, args.compile, args.flip) == ("zero-snr", "fp32", False, False)
+    args = train_gd.get_args(["--dataset", "cifar10"])
+    assert (args.unet, args.batch_size, args.epochs) == ("cifar10", 64, [200])
+    assert (args.teacher_steps, args.sample_steps) == (10, 20)
+    assert args.flip and not train_gd.get_args(["--dataset", "cifar10", "--no-flip"]).flip
+
+
+@pytest.mark.parametrize("run_seed, order", [(42, [[2, 6], [1, 8], [4, 5], [0, 9], [3, 7]]),
+                                             (69, [[0, 2], [3, 5], [4, 1], [6, 9], [8, 7]]),
+                                             (1714, [[7, 3], [8, 0], [1, 4], [6, 2], [9, 5]])])
+def test_class_orders_of_the_papers_seeds(run_seed, order):
+    assert train_gr.get_args(["--seed", str(run_seed)]).class_tasks == order
+
+
+@pytest.mark.parametrize("script, arguments, name", [
+    (train_gr, "", "gr-2"), (train_gr, "--dataset cifar10", "gr-10"), (train_gr, "--teacher-steps 100", "gr-100"),
+    (train_gr, "--replay none", "finetune"), (train_gr, "--replay all", "joint"),
+    (train_gr, "--replay buffer --buffer-size 100", "er-100"),
+    (train_gr, "--replay none --lr 0.001 --schedule linear", "finetune-lr0.001-linear"),
+    (train_gr, "--replay all --tasks 1 --batch-size 64", "joint-tasks1-batch_size64"),
+    (train_gd, "", "gd-2"), (train_gd, "--dataset cifar10 --teacher-steps 10 --lambda 0.75", "gd-10"),
+    (train_gd, "--lambd 0.5", "gd-2-lam0.5"), (train_gd, "--scale laptop", "gd-2-laptop"),
+    (train_gd, "--distill current", "lwf"), (train_gd, "--distill noise", "noise"),
+    (train_gd, "--precision bf16 --iterations 5,3", "gd-2-iterations5_3-bf16"),
+    (train_gd, "--scale laptop --tasks 5", "gd-2-tasks5-random-laptop")])
+def test_run_names(script, arguments, name):
+    assert script.get_args(arguments.split()).name == name
+
+
+def test_lambda_of_each_distillation():
+    assert [train_gd.get_args(["--distill", d]).lam for d in ("generated", "current", "noise")] == [0.75, 1.25, 8.0]
+
+
+# --------------------------------------------------------------------------------------------------- losses
+
+def test_diffuse_is_the_forward_process():
+    abar, x_0 = alpha_bar(), batch()
+    seed("test")
+    x_t, t, eps = train_gd.diffuse(x_0, abar)
+    assert_close(x_t, q_sample(x_0, t, eps, abar), rtol=0, atol=0)
+    seed("test")
+    _, t, _ = train_gd.diffuse(torch.zeros(50_000, 1, 1, 1), abar)
+    assert t.min() == 0 and t.max() == T - 1
+    assert abs(t.float().mean() - (T - 1) / 2) < 5, "uniform over 0 .. T-1"
+
+
+def both(script, args, model, prev, x_0, kept=None, k=2):
+    """The two losses of one batch in task k."""
+    abar = alpha_bar()
+    seed("losses")
+    x_t, t, eps = script.diffuse(x_0, abar)
+    more = (kept,) if script is train_gr else ()
+    return script.losses(model, x_t, t, eps, script.replay(args, prev, x_t, t, *more, abar) if k > 1 else None)
+
+
+def test_distillation_vanishes_where_student_is_teacher_and_replay_does_not():
+    model, x_0 = net(), batch()
+    for distill in ("generated", "current", "noise"):
+        new, old = both(train_gd, train_gd.get_args(["--scale", "laptop", "--distill", distill]), model, model, x_0)
+        assert new > 0.1 and old < 1e-8, distill
+    new, old = both(train_gr, train_gr.get_args(["--scale", "laptop"]), model, model, x_0)
+    assert new > 0.1 and old > 0.1
+
+
+def test_losses_written_out_by_hand():
+    """Both scripts' losses on a batch equal the paper's Equations 4, 7 and 9 written with separate forwards."""
+    model, prev, x_0, abar = net(1), net(2), batch(), alpha_bar()
+    args = train_gd.get_args(["--scale", "laptop", "--teacher-steps", "3"])
+    seed("losses")
+    t, eps = torch.randint(T, (4,)), torch.randn_like(x_0)
+    x_r = sample(prev, torch.randn_like(x_0), abar, 3)
+    t_r, eps_r = torch.randint(T, (4,)), torch.randn_like(x_0)
+    x_r_t = q_sample(x_r, t_r, eps_r, abar)
+    mse = [(eps - model(q_sample(x_0, t, eps, abar), t)).square().mean(),
+           (prev(x_r_t, t_r) - model(x_r_t, t_r)).square().mean(), (eps_r - model(x_r_t, t_r)).square().mean()]
+    gd, gr = both(train_gd, args, model, prev, x_0), both(train_gr, args, model, prev, x_0)
+    assert_close(torch.stack(gd), torch.stack(mse[:2]), rtol=1e-4, atol=1e-6)
+    assert_close(torch.stack(gr), torch.stack([mse[0], mse[2]]), rtol=1e-4, atol=1e-6)
+    first = both(train_gr, args, model, prev, x_0, k=1)
+    assert_close(first[0], mse[0], rtol=1e-4, atol=1e-6)
+    assert first[1] == 0
+
+
+def test_current_data_distillation_needs_one_forward_and_the_teacher_gets_no_gradient():
+    model, prev, calls = net(1), net(2), []
+    model.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
+    for distill, sizes in (("current", [4]), ("noise", [8]), ("generated", [8])):
+        calls.clear()
+        new, old = both(train_gd, train_gd.get_args(["--scale", "laptop", "--distill", distill]), model, prev, batch())
+        (new + old).backward()
+        assert calls == sizes
+        assert all(p.grad is None for p in prev.parameters()), "prev gets no gradient even where it could"
+        assert model.conv_in.weight.grad.abs().sum() > 0
+
+
+def test_experience_replay_draws_from_the_buffer():
+    """With a buffer of one grey the replayed batch is that grey, noised; a small buffer makes a small batch."""
+    args = train_gr.get_args(["--scale", "laptop", "--replay", "buffer", "--buffer-size", "3"])
+    kept, abar = torch.full((3, 1, 16, 16), 200, dtype=torch.uint8), alpha_bar()
+    x_t, t, eps = train_gr.diffuse(batch(), abar)
+    x_r_t, t_r, target_r = train_gr.replay(args, None, x_t, t, kept, abar)
+    assert x_r_t.shape == (3, 1, 16, 16)
+    assert_close(x_r_t, q_sample(data.normalize(kept), t_r, target_r, abar))
+
+
+@pytest.mark.parametrize("size, shares", [(10, [10, 5, 3, 2]), (100, [100, 50, 33, 25]), (1000, [1000, 500, 333, 250])])
+def test_buffer_shares(size, shares):
+    args = train_gr.get_args(["--replay", "buffer", "--buffer-size", str(size)])
+    tasks = [torch.arange(i * 2000, (i + 1) * 2000) for i in range(5)]
+    before = set()
+    for k, share in zip(range(2, 6), shares):
+        kept = train_gr.keep(args, tasks, k)
+        assert torch.equal(torch.bincount(kept // 2000), torch.full((k - 1,), share)), "equal shares"
+        assert len(set(kept.tolist())) == len(kept)
+        old = {i for i in kept.tolist() if i < (k - 2) * 2000}
+        assert old <= before or k == 2, "what was discarded never comes back"
+        before = set(kept.tolist())
+
+
+def test_flip_mirrors_half_of_the_images():
+    u8 = torch.arange(16, dtype=torch.uint8).view(1, 1, 4, 4).expand(1000, -1, -1, -1)
+    seed("test")
+    x_0 = train_gr.to_x_0(u8, True)
+    straight = data.normalize(u8)
+    mirrored = (x_0 == straight.flip(3)).flatten(1).all(1)
+    assert ((x_0 == straight).flatten(1).all(1) ^ mirrored).all() and 400 < mirrored.sum() < 600
+    assert_close(train_gr.to_x_0(u8, False), straight, rtol=0, atol=0)
+
+
+# --------------------------------------------------------------------------------------- the scripts' parallelism
+
+METHOD = """train_gr train_gd Section model+learns 1/k replay distill lam prev noise finetun joint buffer kept keep
+    past+task target_r x_r eps_r t_r "gr" "gd" passes count+=+args.teacher_steps tasks[:k""".split()
+
+
+def test_the_diff_of_the_two_scripts_is_the_papers_contribution():
+    """At most 60 changed lines, and each speaks of what is replayed or distilled: nothing is mended in one file only."""
+    gr, gd = ((ROOT / name).read_text().splitlines() for name in ("train_gr.py", "train_gd.py"))
+    changed = [line for line in difflib.ndiff(gr, gd) if line[0] in "+-" and line[1:].strip()]
+    assert 30 <= len(changed) <= 60
+    stray = [line for line in changed if not any(word.replace("+", " ") in line for word in METHOD)]
+    assert not stray
+
+
+# --------------------------------------------------------------------------------------------------- whole runs
+
+def lives(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def comparable(records):
+    """Records without what a clock or the machine decides."""
+    return [tuple(r[key] for key in ("task", "update", "loss", "loss_new", "loss_replay")) for r in records]
+
+
+def weights(folder, k):
+    return torch.load(folder / f"task{k}.pt", weights_only=True)["model"]
+
+
+@pytest.mark.parametrize("name, arguments, method", [
+    ("train_gr.py", [], "gr"), ("train_gr.py", ["--replay", "none"], "finetune"),
+    ("train_gr.py", ["--replay", "all"], "joint"), ("train_gr.py", ["--replay", "buffer", "--buffer-size", "4"], "er"),
+    ("train_gd.py", [], "gd"), ("train_gd.py", ["--distill", "current"], "lwf"),
+    ("train_gd.py", ["--distill", "noise"], "noise")])
+def test_a_whole_run_by_subprocess(script, tmp_path, name, arguments, method):
+    done = script(name, *TINY, "--iterations", "3,2", "--out", "run", *arguments)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "run"
+    assert "next: python eval_fid.py run" in done.stdout
+    records = lives(folder)
+    assert [(r["task"], r["update"]) for r in records] == [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (3, 1), (3, 2)]
+    for r in records:
+        weight = 1 / r["task"] if method not in ("finetune", "joint") else 1
+        lam = {"gd": 0.75, "lwf": 1.25, "noise": 8}.get(method, 1)
+        assert_close(r["loss"], weight * r["loss_new"] + (1 - weight) * lam * r["loss_replay"], rtol=1e-5, atol=1e-7)
+        if r["update"] > 1:  # at the first update of a task the student is the teacher, and distillation starts from 0
+            assert (r["loss_replay"] > 0) == (r["task"] > 1 and weight < 1)
+        assert r["ms_per_update"] > 0 and r["images_per_s"] > 0 and r["peak_memory_mb"] > 0
+    config = json.loads((folder / "config.json").read_text())
+    assert config["method"] == method and config["updates"] == [3, 2, 2]
+    for k in (1, 2, 3):
+        task = torch.load(folder / f"task{k}.pt", weights_only=True)
+        assert task["config"]["class_tasks"] == [[0, 1], [2, 3], [4, 5]]
+        assert {"unet", "image_size", "schedule", "seed", "dataset", "sample_steps"} <= set(task["config"])
+        UNet(**NETS[task["config"]["unet"]]).load_state_dict(task["model"])
+        picture = np.asarray(Image.open(folder / "samples" / f"task{k}.png"))
+        assert picture.std() > 10 and picture.shape == ((8 * 17 + 1) * 2, (8 * 17 + 1) * 2, 3)
+    again = script(name, *TINY, "--iterations", "3,2", "--out", "run", *arguments)
+    assert again.returncode == 0 and "finished" in again.stdout
+    assert lives(folder) == records, "a finished run does nothing"
+
+
+def start(tmp_path, *arguments):
+    command = [sys.executable, str(ROOT / arguments[0]), *TINY, *arguments[1:]]
+    return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(folder, task, update):
+    """Wait until the run has done this update, as metrics.jsonl tells."""
+    for _ in range(1200):
+        if (folder / "metrics.jsonl").exists():
+            lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+            records = [json.loads(line) for line in lines if line[-1] == "\n"]
+            if any((r["task"], r["update"]) >= (task, update) for r in records):
+                return
+        time.sleep(0.05)
+    raise AssertionError("the run did not get there")
+
+
+KILLED = ["--iterations", "4,25", "--tasks", "2", "--save-every", "4"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """The folders of runs that nothing disturbs, by script."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    for name in ("train_gr.py", "train_gd.py"):
+        command = [sys.executable, str(ROOT / name), *TINY, *KILLED, "--out", str(folder / name)]
+        subprocess.run(command, check=True, capture_output=True)
+    return folder
+
+
+@pytest.mark.parametrize("name, how", [("train_gr.py", signal.SIGKILL), ("train_gd.py", signal.SIGKILL),
+                                       ("train_gd.py", signal.SIGTERM), ("train_gd.py", signal.SIGINT)])
+def test_a_run_killed_inside_a_task_ends_bitwise_as_an_unbroken_one(script, unbroken, tmp_path, name, how):
+    unbroken, broken = unbroken / name, tmp_path / "broken"
+    process = start(tmp_path, name, *KILLED, "--out", "broken")
+    wait_for(broken, 2, 6)
+    process.send_signal(how)
+    process.communicate(timeout=60)
+    assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[how]
+    assert not (broken / "task2.pt").exists(), "it was killed inside task 2"
+    resumed = script(name, *TINY, *KILLED, "--out", "broken")
+    assert resumed.returncode == 0, resumed.stderr
+    where = re.search(r"going on from task 2, update (\d+)", resumed.stdout)
+    assert where and int(where[1]) >= 4, "it went on inside task 2"
+    for k in (1, 2):
+        for key, value in weights(unbroken, k).items():
+            assert torch.equal(value, weights(broken, k)[key]), f"task {k}, {key}"
+        assert (unbroken / f"samples/task{k}.png").read_bytes() == (broken / f"samples/task{k}.png").read_bytes()
+    assert comparable(lives(unbroken)) == comparable(lives(broken)), "no update is recorded twice or missing"
+
+
+def test_bf16_trains_like_fp32(tmp_path):
+    """After a few updates the losses are those of fp32 to bf16's precision; weights and files stay float32."""
+    last = {}
+    for precision in ("fp32", "bf16"):
+        train_gd.main([*TINY, "--iterations", "3", "--tasks", "2", "--precision", precision,
+                       "--out", str(tmp_path / precision)])
+        last[precision] = [lives(tmp_path / precision)[-1][key] for key in ("loss_new", "loss_replay")]
+        assert all(value.dtype == torch.float32 for value in weights(tmp_path / precision, 2).values())
+    assert_close(last["bf16"], last["fp32"], rtol=0.05, atol=0.02)
+    assert last["bf16"] != last["fp32"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_run_on_cuda(script, tmp_path):
+    done = script("train_gd.py", *TINY[:-1], "cuda", "--iterations", "3", "--out", "run", "--precision", "bf16",
+                  "--compile", timeout=900)
+    assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------------------- the paper's networks, every preset
+
+def cifar_files(folder):
+    """CIFAR-10 and CIFAR-100 in their own format, a few random images of each class."""
+    images = np.random.default_rng(0)
+    (folder / "cifar-10-batches-py").mkdir()
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        batch = {b"data": images.integers(0, 256, (20, 3072), dtype=np.uint8), b"labels": list(range(10)) * 2}
+        (folder / "cifar-10-batches-py" / name).write_bytes(pickle.dumps(batch, protocol=2))
+    (folder / "cifar-100-python").mkdir()
+    for name in ("train", "test"):
+        batch = {b"data": images.integers(0, 256, (200, 3072), dtype=np.uint8), b"fine_labels": list(range(100)) * 2}
+        (folder / "cifar-100-python" / name).write_bytes(pickle.dumps(batch, protocol=2))
+
+
+def imagenet_files(folder):
+    for split in ("train", "val"):
+        for i in range(100):
+            path = folder / "imagenet100" / split / f"n{i:08d}"
+            path.mkdir(parents=True)
+            pixels = np.random.default_rng(i).integers(0, 256, (80, 70, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(path / "a.JPEG")
+
+
+@pytest.mark.parametrize("name, dataset, more", [
+    ("train_gr.py", "fashion-mnist", []), ("train_gd.py", "fashion-mnist", []),
+    ("train_gd.py", "shapes", ["--unet", "laptop"]),
+    ("train_gr.py", "cifar10", []), ("train_gd.py", "cifar10", ["--unet", "ddpm-cifar10"]),
+    ("train_gd.py", "cifar100", ["--unet", "laptop-rgb"]), ("train_gd.py", "imagenet100", ["--unet", "laptop-rgb"])])
+def test_every_preset_does_two_updates_of_two_tasks(script, tmp_path, name, dataset, more):
+    """On files of the real format; the paper's networks at full size, in the datasets beyond the paper a small one."""
+    if dataset.startswith("cifar"):
+        cifar_files(tmp_path)
+    if dataset == "imagenet100":
+        imagenet_files(tmp_path)
+    done = script(name, "--dataset", dataset, "--batch-size", "4", "--teacher-steps", "2", "--iterations", "2",
+                  "--sample-steps", "1", "--tasks", "2", "--device", "cpu", "--data-dir", tmp_path, "--out", "run",
+                  *more, env=dict(os.environ, CL_DATA_UNVERIFIED="1"))
+    assert done.returncode == 0, done.stderr
+    assert [(r["task"], r["update"]) for r in lives(tmp_path / "run")] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert all(np.isfinite(r["loss"]) for r in lives(tmp_path / "run"))
+
+
+# ------------------------------------------------------------------------------------------------- bad arguments
+
+BAD = [line.split(" ", 1) for line in """
+train_gd.py --dataset mnist
+train_gd.py --lambda 0
+train_gd.py --lambda minus
+train_gd.py --lambda nan
+train_gd.py --lambda inf
+train_gd.py --teacher-steps 0
+train_gd.py --teacher-steps 1001
+train_gd.py --sample-steps 1001
+train_gd.py --teacher-steps 2.5
+train_gd.py --teacher-steps 2 --distill noise
+train_gd.py --distill everything
+train_gd.py --tasks 3
+train_gd.py --tasks 0
+train_gd.py --class-order 0,1|1,2
+train_gd.py --class-order 0,1|12
+train_gd.py --class-order a,b
+train_gd.py --class-order 0,1|2,3 --tasks 3
+train_gd.py --epochs 0
+train_gd.py --epochs -1
+train_gd.py --iterations 1.5
+train_gd.py --iterations 5,0
+train_gd.py --batch-size 0
+train_gd.py --lr -1
+train_gd.py --seed one
+train_gd.py --unet resnet
+train_gd.py --unet cifar10
+train_gd.py --dataset cifar10 --unet laptop
+train_gd.py --schedule cosine
+train_gd.py --precision fp8
+train_gd.py --scale tiny
+train_gd.py --scale laptop --dataset imagenet100
+train_gd.py --device tpu
+train_gd.py --device cuda:99
+train_gd.py --save-every 0
+train_gd.py --save-every soon
+train_gd.py --unknown
+train_gr.py --replay some
+train_gr.py --replay buffer
+train_gr.py --buffer-size 100
+train_gr.py --replay buffer --buffer-size 3
+train_gr.py --replay none --teacher-steps 2
+train_gr.py --lambda 1
+train_gr.py --replay all --buffer-size 10
+train_gr.py --scale laptop --dataset shapes --init nowhere.pt --out run
+train_gr.py --scale laptop --dataset shapes --out /proc/run""".strip().splitlines()]
+
+
+@pytest.mark.parametrize("name, arguments", BAD)
+def test_bad_arguments_end_with_a_sentence_and_code_2(capfd, monkeypatch, tmp_path, name, arguments):
+    """Through run.main in this process, as the script's last line does; a few more below by subprocess."""
+    import run
+    monkeypatch.chdir(tmp_path)
+    module = {"train_gr.py": train_gr, "train_gd.py": train_gd}[name]
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.raises(SystemExit) as leaving:
+        run.main(lambda: module.main(arguments.split()))
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    error = capfd.readouterr().err
+    assert leaving.value.code == 2, error
+    assert "error:" in error and "Traceback" not in error
+    assert "--init" in arguments or not any(tmp_path.iterdir()), "no folder is made for a run that cannot start"
+
+
+def test_bad_arguments_by_subprocess(script, tmp_path):
+    for arguments in (["--device", "tpu"], ["--tasks", "3"], ["--lambda", "0"]):
+        done = script("train_gd.py", *arguments)
+        assert done.returncode == 2 and "error:" in done.stderr and "Traceback" not in done.stderr
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_with_other_settings_is_refused_with_the_difference(script, tmp_path):
+    common = [*TINY, "--iterations", "1", "--tasks", "2", "--out", "run"]
+    assert script("train_gd.py", *common).returncode == 0
+    before = (tmp_path / "run/task2.pt").read_bytes()
+    other = script("train_gd.py", *common, "--lambda", "2")
+    assert other.returncode == 2 and "lam was 0.75 and is 2.0" in other.stderr and "--restart" in other.stderr
+    assert (tmp_path / "run/task2.pt").read_bytes() == before
+    restarted = script("train_gd.py", *common, "--lambda", "2", "--restart")
+    assert restarted.returncode == 0 and json.loads((tmp_path / "run/config.json").read_text())["lam"] == 2
+    assert len(lives(tmp_path / "run")) == 2
+
+
+def test_cifar_without_files_and_network_ends_with_a_sentence(script):
+    nowhere = "http://127.0.0.1:9"
+    done = script("train_gd.py", "--dataset", "cifar10", "--teacher-steps", "10", "--lambda", "0.75", timeout=60,
+                  env=dict(os.environ, http_proxy=nowhere, https_proxy=nowhere, HTTPS_PROXY=nowhere))
+    assert done.returncode == 2 and "cifar-10-python.tar.gz" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_init_starts_from_given_weights(script, tmp_path):
+    common = [*TINY, "--iterations", "1", "--tasks", "1", "--lr", "1e-12"]
+    assert script("train_gr.py", *common, "--out", "first", "--seed", "1").returncode == 0
+    assert script("train_gr.py", *common, "--out", "second", "--init", "first/task1.pt").returncode == 0
+    first, second = weights(tmp_path / "first", 1), weights(tmp_path / "second", 1)
+    assert all(torch.allclose(first[key], second[key], atol=1e-6) for key in first)
+    wrong = script("train_gr.py", "--dataset", "shapes", "--out", "third", "--init", "first/task1.pt")
+    assert wrong.returncode == 2 and "--unet" in wrong.stderr
