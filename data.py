@@ -85,7 +85,10 @@ DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where the package dataset-
 
 
 def normalize(u8):
-    """x_0 = (u8 / 255 - 0.5) / 0.5: uint8 levels 0 .. 255 -> float32 in [-1, 1]."""
+    """x_0 = (u8 / 255 - 0.5) / 0.5: uint8 levels 0 .. 255 -> float32 in [-1, 1].
+
+    DEVIATION: the paper (arXiv 2311.14028, Appendix A) has data in [-0.5, 0.5], its released runs in [-1, 1], as here.
+    """
     return (u8.float() / 255 - 0.5) / 0.5
 
 
