@@ -26,7 +26,8 @@ def seed(*key):
     """Seed torch's generators for the random stream named by `key`, such as seed(42, "noise", task, update).
 
     Each stream depends on its own key and on nothing drawn before, so a resumed run, an extra picture or a second
-    device moves no other stream. Keys are ints and strings.
+    device moves no other stream. Keys are ints and strings. torch's CPU generator knows 2^32 streams, so that a few of
+    10^5 updates share theirs.
     """
     torch.manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "big"))
 
@@ -81,8 +82,8 @@ def sample(model, x_T, abar, steps, eta=0.0, clip=True):
         x <- sqrt(abar_s) x_0 + sqrt(1 - abar_s - sigma^2) eps + sigma z
         sigma = eta sqrt((1 - abar_s) / (1 - abar_t)) sqrt(1 - abar_t / abar_s)
 
-    where s is the time after t in `timesteps(steps)`, the clean image after the last. eta = 0 draws no noise; eta = 1 is
-    ancestral sampling. eps is not recomputed from the clipped x_0. The model is in eval mode, and no gradient is kept.
+    where s is the time after t in `timesteps(steps)`, the clean image after the last. eta = 0 draws no noise, eta = 1
+    is ancestral sampling; eps is not recomputed from the clipped x_0. The model is in eval mode, without gradients.
     """
     taus = timesteps(steps) + [-1]
     with eval_mode(model):

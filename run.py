@@ -18,16 +18,18 @@ import os
 import pickle
 import re
 import resource
+import shlex
 import signal
 import sys
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-MACHINE = ("data_dir", "out", "device", "compile", "save_every", "restart", "command", "torch")  # change no number
+MACHINE = ("data_dir", "out", "device", "compile", "save_every", "restart", "command", "torch")  # not the mathematics
 locks, signals = [], []  # of this process: the run folders it holds, the signals that asked it to stop
 last_save = time.monotonic()
 
@@ -50,6 +52,10 @@ def main(function):
         sentence, code = f"error: {error}; make room or mend the folder, and the same command goes on", 2
     except KeyboardInterrupt:
         sentence, code = "stopped", 130
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        sentence, code = "error: out of memory; lower --batch-size", 2
     print(sentence, file=sys.stderr)
     sys.exit(code)
 
@@ -79,7 +85,7 @@ def positive(kind, most=sys.float_info.max):
 def per_task(kind):
     """A type for argparse: one positive number, or several with commas, one per task."""
     def parse(text):
-        return [positive(kind)(part) for part in text.split(",")]
+        return [positive(kind, 1e8)(part) for part in text.split(",")]
     parse.__name__ = f"comma-separated {kind.__name__}"
     return parse
 
@@ -89,9 +95,16 @@ def spread(values, tasks):
     return (values + values[-1:] * tasks)[:tasks]
 
 
+def whole(text):
+    """A type for argparse: a seed, an int from 0 to 2^63 - 1."""
+    if not 0 <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"must be 0 to 2^63 - 1, not {text}")
+    return int(text)
+
+
 def interval(text):
     """A type for argparse: "500" -> ("updates", 500.0), "10m" -> ("minutes", 10.0)."""
-    if not re.fullmatch(r"\d+|\d*\.?\d+m", text) or float(text.rstrip("m")) == 0:
+    if not re.fullmatch(r"\d+|\d*\.?\d+m", text) or not 0 < float(text.rstrip("m")) < 1e9:
         raise argparse.ArgumentTypeError(f"say 500 for updates or 10m for minutes, not {text}")
     return ("minutes", float(text[:-1])) if text.endswith("m") else ("updates", float(text))
 
@@ -104,13 +117,14 @@ def fill(args, preset):
 
 
 def run_name(base, args, preset):
-    """`base` and whatever departs from the preset: gd-2, gd-2-lam0.5, gd-2-laptop, finetune-lr0.001-linear."""
+    """`base` and whatever departs from the preset: gd-2, gd-2-lam0.5, gd-2-laptop, finetune-lr0.001-linear-noflip."""
     for key, usual in preset.items():
         value = getattr(args, key)
         if value != usual and value not in (None, []):
             value = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            tag = f"no{key}" if value == "False" else f"{key}{value}" if value[0].isdigit() else value
-            base += "-" + re.sub(r"[^\w.]+", "_", tag)
+            tag = value if key in ("scale", "schedule", "precision") else f"{key}{value}"
+            tag = {"flipTrue": "flip", "flipFalse": "noflip"}.get(tag, tag.replace("|", "-"))
+            base += "-" + re.sub(r"[^\w.-]+", "_", tag)
     return base
 
 
@@ -134,7 +148,7 @@ def open_folder(config):
 
     From here on Ctrl-C and SIGTERM only leave a note in `signals`: a run ends after a whole update and a save.
     """
-    config = json.loads(json.dumps(dict(config, command=" ".join(["python", *sys.argv]), torch=torch.__version__)))
+    config = json.loads(json.dumps(dict(config, command=shlex.join(["python", *sys.argv]), torch=torch.__version__)))
     folder = Path(config["out"] or Path("runs", config["dataset"], config["name"], f"seed{config['seed']}"))
     try:
         (folder / "samples").mkdir(parents=True, exist_ok=True)
@@ -152,26 +166,29 @@ def open_folder(config):
     locks.append(lock)
 
     if config["restart"]:
-        for pattern in ("*.json*", "task*.pt", "checkpoint*.pt", "samples/task*.png"):
+        for pattern in ("config.json", "metrics.jsonl", "eval.json", "classifier.json", "task*.pt", "checkpoint*",
+                        "samples/task*.png"):
             for path in folder.glob(pattern):
                 path.unlink()
-    for path in folder.glob("*.tmp"):  # left by a save that was killed
+    for path in [*folder.glob("*.tmp"), *folder.glob("samples/*.tmp")]:  # left by a save that was killed
         path.unlink()
     if not (folder / "config.json").exists():
         if any(folder.glob("*.pt")):
             raise InputError(f"{folder} holds weights but no config.json; choose another --out or use --restart")
         write_json(folder / "config.json", config)
     try:
-        before = json.loads((folder / "config.json").read_text())
-    except ValueError as error:
+        before = dict(json.loads((folder / "config.json").read_text()))
+    except (ValueError, TypeError) as error:
         raise InputError(f"{folder}/config.json is damaged; choose another --out or use --restart") from error
     differs = [f"{key} was {before.get(key)} and is {config.get(key)}"
                for key in sorted({*before, *config} - {*MACHINE}) if before.get(key) != config.get(key)]
     if differs:
         raise InputError(f"{folder} holds a run with other settings ({'; '.join(differs)}); choose another --out, "
                          "or --restart to delete it")
-    if before["torch"] != config["torch"]:
-        print(f"begun with torch {before['torch']}: the continuation need not be bitwise the same", file=sys.stderr)
+    for key in ("torch", "device", "compile"):
+        if before.get(key) != config[key]:
+            print(f"begun with {key} {before.get(key)}, now {config[key]}: the end need not be bitwise that of an "
+                  "unbroken run", file=sys.stderr)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: signals.append(number))
     return folder
@@ -204,7 +221,8 @@ def replace(path, write):
         os.replace(tmp, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         tmp.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path} ({str(error).splitlines()[0]}); what was saved before is intact: make "
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise InputError(f"cannot write {path} ({str(reason).splitlines()[0]}); what was saved before is intact: make "
                          "room or mend the folder, and the same command goes on from there") from error
 
 
@@ -220,7 +238,7 @@ def load(path):
         raise InputError(f"there is no file {path}") from error
     except pickle.UnpicklingError:
         reason = "it holds more than tensors and plain values, and nothing of it was executed"
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         reason = str(error).partition("\n")[0]
     raise InputError(f"{path} is damaged or was not made by torch.save ({reason})")
 
@@ -262,26 +280,35 @@ def exit_if_stopped(where):
 
 
 def latest(folder, tasks):
-    """The newest state of a run or None: a checkpoint inside a task, else {"task", "update": 0, "model"} after one."""
-    finished = max((k for k in range(1, tasks + 1) if (folder / f"task{k}.pt").exists()), default=0)
-    refused = []
-    for path in (folder / "checkpoint.pt", folder / "checkpoint.old.pt"):
+    """The newest whole state of a run or None: a checkpoint inside a task, or {"task", "update": 0, "model"} after one.
+
+    Damaged files are set aside, so that no later save puts them in the place of a good one.
+    """
+    state, damaged = None, []
+    newest = max((k for k in range(1, tasks + 1) if (folder / f"task{k}.pt").exists()), default=0)
+    checkpoints = [path for path in (folder / "checkpoint.pt", folder / "checkpoint.old.pt") if path.exists()]
+    if newest == tasks:  # the run is finished
+        for path in checkpoints:
+            path.unlink()
+        return {"task": tasks + 1, "update": 0, "model": load(folder / f"task{tasks}.pt")["model"]}
+    for path in [*checkpoints, *(folder / f"task{k}.pt" for k in range(newest, 0, -1))]:
         try:
-            state = load(path) if path.exists() else {"task": 0}
+            found = load(path)
         except InputError as error:
-            refused.append(str(error))
+            damaged.append((path, error))
             continue
-        if state["task"] > finished:
+        if path not in checkpoints:
+            state = {"task": int(path.stem[4:]) + 1, "update": 0, "model": found["model"]}
+        elif found["task"] > newest:
+            state = found
+        if state:
             break
-    else:
-        state = None
-        if finished:
-            state = {"task": finished + 1, "update": 0, "model": load(folder / f"task{finished}.pt")["model"]}
-        elif refused:
-            raise InputError(f"{refused[0]}, and there is no other to go on from; start over with --restart")
-    if refused:
-        print(f"{refused[0]}; going back to task {state['task']}, update {state['update']}", file=sys.stderr)
-    elif state:
+    if damaged and not state:
+        raise InputError(f"{damaged[0][1]}, and there is no other to go on from; start over with --restart")
+    for path, error in damaged:
+        path.rename(path.with_name(path.name + ".damaged"))
+        print(f"{error}; it is set aside", file=sys.stderr)
+    if state:
         print(f"going on from task {state['task']}, update {state['update']}")
     return state
 
@@ -289,7 +316,7 @@ def latest(folder, tasks):
 # --------------------------------------------------------------------------------------------- records, progress
 
 def reporter(folder, state, updates, passes, device):
-    """A function report(task, update, images, losses=None) to call after every update, 1 .. n, of every task.
+    """A function report(task, update, images, losses) to call when a task begins or goes on, then after every update.
 
     It moves a live line of tqdm's, and where `losses`, [all, new, replayed] as floats, are given adds a record to
     metrics.jsonl. `updates` and `passes`, the cost of an update, are lists by task, for the time left in the whole run.
@@ -297,44 +324,49 @@ def reporter(folder, state, updates, passes, device):
     """
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    records = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut the last line short
-    records = [r for r in records if (r["task"], r["update"]) <= (state["task"], state["update"])]
+    try:
+        records = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut the last line short
+        records = [r for r in records if (r["task"], r["update"]) <= (state["task"], state["update"])]
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path} is damaged; delete it, and the same command goes on") from error
     replace(path, lambda file: file.write("".join(json.dumps(r) + "\n" for r in records).encode()))
     begun = time.perf_counter() - (records[-1]["seconds"] if records else 0)
-    bar, last, since = None, state["update"], time.perf_counter()
+    bar = last = since = seen = None
 
-    def report(task, update, images, losses=None):
-        nonlocal bar, last, since
+    def report(task, update, images=0, losses=None):
+        nonlocal bar, last, since, seen
         n, now = updates[task - 1], time.perf_counter()
-        if bar is None:
-            bar = tqdm(total=n, initial=update - 1, desc=f"task {task}/{len(updates)}", disable=None, leave=False)
+        if not images:
+            bar = tqdm(total=n, initial=update, desc=f"task {task}/{len(updates)}", disable=None, leave=False)
+            last, since, seen = update, now, 0
+            return
         bar.update()
+        seen += images
         if losses is None:
             return
         ms = 1000 * (now - since) / (update - last)
         costs = [n * cost for n, cost in zip(updates, passes)]
         left = ms / 1000 * (sum(costs[task - 1:]) - update * passes[task - 1]) / passes[task - 1]
         record = {"task": task, "update": update, "loss": losses[0], "loss_new": losses[1], "loss_replay": losses[2],
-                  "ms_per_update": round(ms, 2), "images_per_s": round(1000 * images / ms, 1),
+                  "ms_per_update": round(ms, 2), "images_per_s": round(seen / (now - since), 1),
                   "peak_memory_mb": peak_memory_mb(device), "seconds": round(now - begun, 2)}
         with open(path, "a") as file:
             file.write(json.dumps(record) + "\n")
         bar.set_postfix_str(f"loss {losses[1]:.4f} new {losses[2]:.4f} replayed, {ms:.1f} ms, "
                             f"{tqdm.format_interval(left)} to the end of the run")
-        last, since = update, now
+        last, since, seen = update, now, 0
         if update == n:
             bar.close()
             print(f"task {task}/{len(updates)}: {n} updates, loss {losses[1]:.4f} new, {losses[2]:.4f} replayed, "
                   f"{ms:.1f} ms per update, {now - begun:.0f} s so far", flush=True)
-            bar, last = None, 0
     return report
 
 
-def check_finite(losses, task, update):
-    """Stop the run if a loss is NaN or infinite: such weights are never saved, and what was saved before is intact."""
-    if not losses.isfinite().all():
-        sys.exit(f"error: the losses of task {task}, update {update}, are {losses.tolist()}; lower --lr or use "
-                 "--precision fp32")
+def check_finite(losses, model, task, update):
+    """Stop the run if a loss or a weight is NaN or infinite: such weights are never saved."""
+    if not (losses.isfinite().all() and torch.stack([p.sum() for p in model.parameters()]).isfinite().all()):
+        raise InputError(f"task {task} has diverged by update {update}, its losses are {losses.tolist()}: lower --lr "
+                         "or use --precision fp32; what was saved before is intact")
 
 
 def peak_memory_mb(device):

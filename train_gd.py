@@ -16,7 +16,7 @@ Masip et al., "Continual Learning of Diffusion Models with Generative Distillati
 import argparse
 import copy
 import math
-from pathlib import Path
+import shlex
 
 import torch
 import torch.nn.functional as F
@@ -36,8 +36,8 @@ LAPTOP = dict(PAPER, image_size=16, batch_size=64, lr=2e-3, teacher_steps=2, sam
 PRESETS = {  # what depends on the dataset: the paper's runs (Sections 4 and A.1), and runs for a laptop
     ("paper", "fashion-mnist"): dict(PAPER, unet="fashion-mnist", batch_size=128, epochs=[100], teacher_steps=2,
                                      sample_steps=10),
-    # DEVIATION: the paper augments nothing, its released runs mirror CIFAR's images. Appendix A.5 evaluates with 10 DDIM
-    # steps, the end of it and Section 4.2.2 say 20 on CIFAR-10, as here.
+    # DEVIATION: the paper augments nothing, its released runs mirror CIFAR's images. Appendix A.5 evaluates with 10
+    # DDIM steps, its end and Section 4.2.2 say 20 on CIFAR-10, as here.
     ("paper", "cifar10"): dict(PAPER, unet="cifar10", batch_size=64, epochs=[200], teacher_steps=10, sample_steps=20,
                                flip=True),
 }
@@ -50,7 +50,8 @@ PRESETS["laptop", "cifar10"] = dict(LAPTOP, epochs=[2.55, 0.955], unet="laptop-r
 
 
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     add = parser.add_argument
     add("--dataset", default="fashion-mnist", choices=list(data.DATASETS), help="default: fashion-mnist")
     add("--distill", default="generated", choices=["generated", "current", "noise"], dest="replay",
@@ -64,7 +65,7 @@ def get_args(argv=None):
     add("--iterations", type=run.per_task(int), help="updates of each task, in place of epochs: N, or N1,N2,...")
     add("--batch-size", type=run.positive(int), help="images of the current task per update (paper: 128, CIFAR-10 64)")
     add("--lr", type=run.positive(float), help="learning rate of Adam (paper: 2e-4)")
-    add("--seed", type=int, default=42, help="of weights, class order and noise (paper: 42, 69, 1714)")
+    add("--seed", type=run.whole, default=42, help="of weights, class order and noise (paper: 42, 69, 1714)")
     add("--unet", choices=list(NETS), help="network (default: the paper's for the dataset)")
     add("--init", metavar="PATH", help="start from these weights: a task<k>.pt, or diffusers' UNet2DModel .bin")
     add("--schedule", choices=["zero-snr", "linear"], help="noise schedule (default: zero-snr, as the released runs)")
@@ -81,7 +82,7 @@ def get_args(argv=None):
         parser.error(f"--scale laptop is not there for {args.dataset}; try fashion-mnist, shapes or cifar10")
     usual, asked_tasks = dict(PRESETS[args.scale, args.dataset]), args.tasks
     usual["lam"] = {"generated": 0.75, "current": 1.25, "noise": 8.0}[args.replay]
-    if asked_tasks and not args.class_order:
+    if asked_tasks not in (None, usual["tasks"]) and args.class_order is None:
         args.class_order = "random"
     if args.iterations:
         args.epochs = []
@@ -94,8 +95,9 @@ def get_args(argv=None):
     tasks = args.tasks if args.class_order in ("random", "natural") else asked_tasks  # a stated order says how many
     args.class_tasks = data.class_tasks(len(info["classes"]), tasks, args.class_order, args.seed)
     args.tasks = len(args.class_tasks)
+    if max(len(args.iterations), len(args.epochs)) > args.tasks:
+        parser.error(f"--iterations and --epochs take at most one value for each of the {args.tasks} tasks")
 
-    args.script = Path(__file__).stem
     args.method = {"generated": "gd", "current": "lwf", "noise": "noise"}[args.replay]
     count = args.teacher_steps
     base = f"{args.method}-{count}" if count else args.method
@@ -164,14 +166,14 @@ def main(argv=None):
     # Forward passes of one batch in an update, for the time left: a backward pass counts as two of them.
     passes = [3] + [{"gd": 7 + (args.teacher_steps or 0), "noise": 7}.get(args.method, 4)] * (args.tasks - 1)
 
-    # The run folder, the networks, and where the run stands.
-    config = dict(vars(args), updates=updates)
-    folder = run.open_folder(config)
+    # The networks, the run folder, and where the run stands.
     seed(args.seed, "weights")
     model = UNet(**NETS[args.unet])
     if args.init:
         run.load_weights(model, args.init)
     model.to(device)
+    config = dict(vars(args), updates=updates)
+    folder = run.open_folder(config)
     prev = copy.deepcopy(model).eval().requires_grad_(False)  # the model of task k-1, one module for the whole run
     if args.compile:
         model.compile()
@@ -196,6 +198,7 @@ def main(argv=None):
             optimizer.load_state_dict(state["optimizer"])
             log.copy_(state["log"])
 
+        report(k, state["update"])
         for u in range(state["update"], n):
             epoch, i = divmod(u, per_epoch[k - 1])
             if i == 0 or u == state["update"]:
@@ -217,9 +220,10 @@ def main(argv=None):
 
             # Once in a while a record or a checkpoint: only here does the script wait for the device.
             u += 1
-            recording, saving = u % every == 0 or u == n, u < n and run.save_due(args.save_every, u)
+            recording = u % every == 0 or u == n
+            saving = run.save_due(args.save_every, u) and (u < n or run.signals)
             if recording or saving:
-                run.check_finite(log[u - 1], k, u)
+                run.check_finite(log[u - 1], model, k, u)
             report(k, u, len(x_0), log[(u - 1) // every * every:u].mean(0).tolist() if recording else None)
             if saving:
                 run.save_checkpoint(folder, {"task": k, "update": u, "model": model.state_dict(), "log": log,
@@ -234,8 +238,9 @@ def main(argv=None):
         run.save_png(folder / "samples" / f"task{k}.png", picture)
         run.save(folder / f"task{k}.pt", {"model": model.state_dict(), "config": config})
         state = {"task": k + 1, "update": 0}
-        run.exit_if_stopped(f"task {k}")
-    print(f"{folder} is finished (--restart does it again); next: python eval_fid.py {folder}")
+        if k < args.tasks:
+            run.exit_if_stopped(f"task {k}")
+    print(f"{folder} is finished (--restart does it again); next: python eval_fid.py {shlex.quote(str(folder))}")
 
 
 if __name__ == "__main__":

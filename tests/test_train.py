@@ -21,6 +21,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 import data
+import run
 import train_gd
 import train_gr
 from ddim import T, alpha_bar, q_sample, sample, seed
@@ -70,7 +71,10 @@ def test_class_orders_of_the_papers_seeds(run_seed, order):
     (train_gd, "--lambd 0.5", "gd-2-lam0.5"), (train_gd, "--scale laptop", "gd-2-laptop"),
     (train_gd, "--distill current", "lwf"), (train_gd, "--distill noise", "noise"),
     (train_gd, "--precision bf16 --iterations 5,3", "gd-2-iterations5_3-bf16"),
-    (train_gd, "--scale laptop --tasks 5", "gd-2-tasks5-random-laptop")])
+    (train_gd, "--scale laptop --tasks 5", "gd-2-tasks5-class_orderrandom-laptop"),
+    (train_gd, "--scale laptop --tasks 3", "gd-2-laptop"), (train_gd, "--flip", "gd-2-flip"),
+    (train_gd, "--unet laptop", "gd-2-unetlaptop"),
+    (train_gd, "--class-order 0,1|2,7", "gd-2-tasks2-class_order0_1-2_7")])
 def test_run_names(script, arguments, name):
     assert script.get_args(arguments.split()).name == name
 
@@ -182,9 +186,9 @@ METHOD = """train_gr train_gd Section model+learns 1/k replay distill lam prev n
 
 
 def test_the_diff_of_the_two_scripts_is_the_papers_contribution():
-    """At most 60 changed lines, and each speaks of what is replayed or distilled: nothing is mended in one file only."""
+    """At most 60 changed lines, each about what is replayed or distilled: nothing is mended in one file only."""
     gr, gd = ((ROOT / name).read_text().splitlines() for name in ("train_gr.py", "train_gd.py"))
-    changed = [line for line in difflib.ndiff(gr, gd) if line[0] in "+-" and line[1:].strip()]
+    changed = [line for line in difflib.ndiff(gr, gd) if line[0] in "+-" and line[1:].strip(' "')]
     assert 30 <= len(changed) <= 60
     stray = [line for line in changed if not any(word.replace("+", " ") in line for word in METHOD)]
     assert not stray
@@ -336,6 +340,7 @@ def imagenet_files(folder):
     ("train_gr.py", "fashion-mnist", []), ("train_gd.py", "fashion-mnist", []),
     ("train_gd.py", "shapes", ["--unet", "laptop"]),
     ("train_gr.py", "cifar10", []), ("train_gd.py", "cifar10", ["--unet", "ddpm-cifar10"]),
+    ("train_gd.py", "fashion-mnist", ["--scale", "laptop"]), ("train_gd.py", "cifar10", ["--scale", "laptop"]),
     ("train_gd.py", "cifar100", ["--unet", "laptop-rgb"]), ("train_gd.py", "imagenet100", ["--unet", "laptop-rgb"])])
 def test_every_preset_does_two_updates_of_two_tasks(script, tmp_path, name, dataset, more):
     """On files of the real format; the paper's networks at full size, in the datasets beyond the paper a small one."""
@@ -372,6 +377,13 @@ train_gd.py --class-order 0,1|12
 train_gd.py --class-order a,b
 train_gd.py --class-order 0,1|2,3 --tasks 3
 train_gd.py --epochs 0
+train_gd.py --epochs 1e300
+train_gd.py --iterations 99999999999999999999
+train_gd.py --iterations 1,1,1,1,1,1
+train_gd.py --seed -1
+train_gd.py --seed 99999999999999999999999
+train_gd.py --re
+train_gd.py --save-every 99999999999999
 train_gd.py --epochs -1
 train_gd.py --iterations 1.5
 train_gd.py --iterations 5,0
@@ -394,6 +406,7 @@ train_gr.py --replay some
 train_gr.py --replay buffer
 train_gr.py --buffer-size 100
 train_gr.py --replay buffer --buffer-size 3
+train_gr.py --replay buffer --tasks 1
 train_gr.py --replay none --teacher-steps 2
 train_gr.py --lambda 1
 train_gr.py --replay all --buffer-size 10
@@ -404,7 +417,6 @@ train_gr.py --scale laptop --dataset shapes --out /proc/run""".strip().splitline
 @pytest.mark.parametrize("name, arguments", BAD)
 def test_bad_arguments_end_with_a_sentence_and_code_2(capfd, monkeypatch, tmp_path, name, arguments):
     """Through run.main in this process, as the script's last line does; a few more below by subprocess."""
-    import run
     monkeypatch.chdir(tmp_path)
     module = {"train_gr.py": train_gr, "train_gd.py": train_gd}[name]
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -415,7 +427,7 @@ def test_bad_arguments_end_with_a_sentence_and_code_2(capfd, monkeypatch, tmp_pa
     error = capfd.readouterr().err
     assert leaving.value.code == 2, error
     assert "error:" in error and "Traceback" not in error
-    assert "--init" in arguments or not any(tmp_path.iterdir()), "no folder is made for a run that cannot start"
+    assert not any(tmp_path.iterdir()), "no folder is made for a run that cannot start"
 
 
 def test_bad_arguments_by_subprocess(script, tmp_path):
@@ -432,7 +444,11 @@ def test_a_folder_with_other_settings_is_refused_with_the_difference(script, tmp
     other = script("train_gd.py", *common, "--lambda", "2")
     assert other.returncode == 2 and "lam was 0.75 and is 2.0" in other.stderr and "--restart" in other.stderr
     assert (tmp_path / "run/task2.pt").read_bytes() == before
+    (tmp_path / "run/mine.json").write_text("{}")
+    assert script("train_gd.py", *common, "--lambda", "2", "--restart", "--init", "typo.pt").returncode == 2
+    assert (tmp_path / "run/task2.pt").read_bytes() == before, "nothing is thrown away for a run that cannot start"
     restarted = script("train_gd.py", *common, "--lambda", "2", "--restart")
+    assert (tmp_path / "run/mine.json").exists(), "--restart deletes a run's own files alone"
     assert restarted.returncode == 0 and json.loads((tmp_path / "run/config.json").read_text())["lam"] == 2
     assert len(lives(tmp_path / "run")) == 2
 
@@ -452,3 +468,84 @@ def test_init_starts_from_given_weights(script, tmp_path):
     assert all(torch.allclose(first[key], second[key], atol=1e-6) for key in first)
     wrong = script("train_gr.py", "--dataset", "shapes", "--out", "third", "--init", "first/task1.pt")
     assert wrong.returncode == 2 and "--unet" in wrong.stderr
+
+
+# ---------------------------------------------------------------------------------------------- damaged run folders
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def checkpoints(folder, task=2):
+    """A run of three tasks that has ended inside task 2, with two checkpoints."""
+    for name, update in (("checkpoint.old", 3), ("checkpoint", 5)):
+        run.save(folder / f"{name}.pt", {"task": task, "update": update, "model": {"w": torch.arange(1000.0) + update}})
+    run.save(folder / "task1.pt", {"model": {"w": torch.arange(1000.0)}, "config": {}})
+
+
+def test_the_latest_whole_state_is_found(tmp_path, capsys):
+    checkpoints(tmp_path)
+    assert run.latest(tmp_path, 3)["update"] == 5
+    flip_a_bit(tmp_path / "checkpoint.pt")
+    assert run.latest(tmp_path, 3)["update"] == 3
+    assert "checkpoint.pt is damaged" in capsys.readouterr().err
+    run.save_checkpoint(tmp_path, {"task": 2, "update": 6})
+    assert run.latest(tmp_path, 3)["update"] == 6
+    flip_a_bit(tmp_path / "checkpoint.pt")
+    assert run.latest(tmp_path, 3)["update"] == 3, "the damaged file was not moved over the good one"
+    flip_a_bit(tmp_path / "checkpoint.old.pt")
+    state = run.latest(tmp_path, 3)
+    assert (state["task"], state["update"]) == (2, 0)
+    flip_a_bit(tmp_path / "task1.pt")
+    with pytest.raises(run.InputError, match="--restart"):
+        run.latest(tmp_path, 3)  # never afresh in silence
+
+
+def test_checkpoints_of_finished_tasks_are_passed_over_and_at_the_end_removed(tmp_path):
+    checkpoints(tmp_path, task=1)
+    assert run.latest(tmp_path, 3)["task"] == 2
+    for k in (2, 3):
+        run.save(tmp_path / f"task{k}.pt", {"model": {}, "config": {}})
+    assert run.latest(tmp_path, 3)["task"] == 4
+    assert not list(tmp_path.glob("checkpoint*"))
+
+
+def test_a_checkpoint_with_code_in_it_is_refused_and_nothing_runs(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "executed"),))
+    torch.save({"task": 1, "update": 1, "model": Evil()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(run.InputError, match="nothing of it was executed"):
+        run.latest(tmp_path, 3)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_damaged_json_in_a_run_folder_is_one_sentence(script, tmp_path):
+    common = [*TINY, "--iterations", "1", "--tasks", "2", "--out", "run"]
+    assert script("train_gd.py", *common).returncode == 0
+    whole = (tmp_path / "run/config.json").read_text()
+    (tmp_path / "run/task2.pt").unlink()
+    for name, text in (("config.json", "[]"), ("config.json", "null"), ("metrics.jsonl", "{}\n"),
+                       ("metrics.jsonl", "\0\n")):
+        (tmp_path / "run/config.json").write_text(whole)
+        (tmp_path / "run" / name).write_text(text)
+        done = script("train_gd.py", *common)
+        assert done.returncode == 2 and re.search("is damaged|other settings", done.stderr)
+        assert "Traceback" not in done.stderr
+
+
+def test_diverged_weights_are_not_saved(script, tmp_path):
+    done = script("train_gd.py", *TINY, "--iterations", "1", "--tasks", "1", "--lr", "1e38", "--out", "run")
+    assert done.returncode == 2 and "diverged" in done.stderr and "--lr" in done.stderr
+    assert not (tmp_path / "run/task1.pt").exists()
+
+
+def test_a_folder_in_use_is_refused(script, tmp_path):
+    process = start(tmp_path, "train_gd.py", "--iterations", "500", "--tasks", "1", "--out", "run")
+    wait_for(tmp_path / "run", 1, 1)
+    second = script("train_gd.py", *TINY, "--iterations", "500", "--tasks", "1", "--out", "run")
+    process.kill()
+    process.communicate()
+    assert second.returncode == 2 and f"in use by process {process.pid}" in second.stderr
