@@ -34,6 +34,12 @@ def test_every_command_is_understood(command):
     SCRIPTS[name].get_args(arguments)
 
 
+def test_nothing_is_left_to_fill_in():
+    assert not re.search(r"[A-Z]{2,}_(SECONDS|TABLE)", README)
+    for path in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / path).exists(), path
+
+
 def test_the_hunk_is_in_the_scripts():
     hunk = re.search(r"```diff\n(.*?)```", README, re.S)[1].splitlines()
     gr, gd = ([line.strip() for line in (ROOT / name).read_text().splitlines()]
