@@ -515,12 +515,12 @@ def test_shapes_classes_are_apart(side):
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
+        self.server.asked.append(self.path)  # before the answer, which the test may outrun
         content, length = self.server.files.get(self.path, (None, 0))
         self.send_response(404 if content is None else 200)
         self.send_header("Content-Length", str(length))
         self.end_headers()
         self.wfile.write(content or b"")
-        self.server.asked.append(self.path)
 
     def log_message(self, *arguments):
         pass
