@@ -95,7 +95,7 @@ def get_args(argv=None):
     tasks = args.tasks if args.class_order in ("random", "natural") else asked_tasks  # a stated order says how many
     args.class_tasks = data.class_tasks(len(info["classes"]), tasks, args.class_order, args.seed)
     args.tasks = len(args.class_tasks)
-    if max(len(args.iterations), len(args.epochs)) > args.tasks:
+    if args.epochs != usual["epochs"] and len(args.iterations + args.epochs) > args.tasks:  # one of them is empty
         parser.error(f"--iterations and --epochs take at most one value for each of the {args.tasks} tasks")
 
     args.method = {"generated": "gd", "current": "lwf", "noise": "noise"}[args.replay]

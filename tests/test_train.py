@@ -30,6 +30,15 @@ from unet import NETS, UNet
 TINY = ["--dataset", "shapes", "--scale", "laptop", "--batch-size", "8", "--device", "cpu"]
 
 
+@pytest.fixture(autouse=True)
+def handlers():
+    """A main called in this process takes Ctrl-C and SIGTERM over; give them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def net(name=1):
     seed("weights", name)
     return UNet(**NETS["laptop"]).eval()
@@ -72,7 +81,8 @@ def test_class_orders_of_the_papers_seeds(run_seed, order):
     (train_gd, "--distill current", "lwf"), (train_gd, "--distill noise", "noise"),
     (train_gd, "--precision bf16 --iterations 5,3", "gd-2-iterations5_3-bf16"),
     (train_gd, "--scale laptop --tasks 5", "gd-2-tasks5-class_orderrandom-laptop"),
-    (train_gd, "--scale laptop --tasks 3", "gd-2-laptop"), (train_gd, "--flip", "gd-2-flip"),
+    (train_gd, "--scale laptop --tasks 3", "gd-2-laptop"),
+    (train_gd, "--scale laptop --tasks 1", "gd-2-tasks1-class_orderrandom-laptop"), (train_gd, "--flip", "gd-2-flip"),
     (train_gd, "--unet laptop", "gd-2-unetlaptop"),
     (train_gd, "--class-order 0,1|2,7", "gd-2-tasks2-class_order0_1-2_7")])
 def test_run_names(script, arguments, name):
@@ -419,11 +429,8 @@ def test_bad_arguments_end_with_a_sentence_and_code_2(capfd, monkeypatch, tmp_pa
     """Through run.main in this process, as the script's last line does; a few more below by subprocess."""
     monkeypatch.chdir(tmp_path)
     module = {"train_gr.py": train_gr, "train_gd.py": train_gd}[name]
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.raises(SystemExit) as leaving:
         run.main(lambda: module.main(arguments.split()))
-    for number, handler in before.items():
-        signal.signal(number, handler)
     error = capfd.readouterr().err
     assert leaving.value.code == 2, error
     assert "error:" in error and "Traceback" not in error
@@ -549,3 +556,20 @@ def test_a_folder_in_use_is_refused(script, tmp_path):
     process.kill()
     process.communicate()
     assert second.returncode == 2 and f"in use by process {process.pid}" in second.stderr
+
+
+def test_a_stop_at_the_last_update_of_a_task_loses_nothing(tmp_path, monkeypatch, capsys):
+    """As if SIGTERM had come during the task's only update: saved there, before the picture is drawn, and resumed."""
+    common = [*TINY, "--iterations", "1", "--tasks", "1", "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(run, "signals", [signal.SIGTERM])
+    with pytest.raises(SystemExit) as leaving:
+        train_gd.main(common)
+    assert leaving.value.code == 143 and not (tmp_path / "run/task1.pt").exists()
+    run.locks.pop().close()
+    monkeypatch.setattr(run, "signals", [])
+    train_gd.main(common)
+    assert "going on from task 1, update 1" in capsys.readouterr().out
+    train_gd.main([*common[:-1], str(tmp_path / "unbroken")])
+    for key, value in weights(tmp_path / "unbroken", 1).items():
+        assert torch.equal(value, weights(tmp_path / "run", 1)[key])
+    assert comparable(lives(tmp_path / "unbroken")) == comparable(lives(tmp_path / "run"))
