@@ -3,6 +3,8 @@
     load_images(name, split, data_dir, image_size) -> u8 (N, C, H, W) uint8, y (N,) int64
     class_tasks(n_classes, tasks, order, seed) -> [[class, ...], ...], one list of class numbers per task
     normalize(u8) -> x_0 in [-1, 1] and quantize(x) -> u8, the two places where pixels change range
+    diffusion_view(u8, flip, smallest), weak_view(u8, flip), strong_view(u8, flip) -> u8, a batch varied at random,
+    each image differently, on the batch's device and from torch's generator of that device
 
     fashion-mnist   60,000 + 10,000 grey 28x28    in data_dir, else Debian's dataset-fashion-mnist, else downloaded
     cifar10         50,000 + 10,000 colour 32x32  in data_dir, else downloaded
@@ -32,6 +34,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
@@ -409,3 +412,133 @@ def draw_shapes(split, side):
                 ImageDraw.Draw(image).polygon(part[i // 10], fill=level)
             images[i, 0] = np.asarray(image.reduce(factor))
     return images, np.arange(n) % 10
+
+
+# ----------------------------------------------------------------------------- views
+
+# RandAugment's operations as FixMatch chooses them (Sohn et al., arXiv 2001.07685, Appendix)
+OPS = ("AutoContrast", "Brightness", "Color", "Contrast", "Equalize", "Identity", "Posterize", "Rotate", "Sharpness",
+       "ShearX", "ShearY", "Solarize", "TranslateX", "TranslateY")
+
+
+def diffusion_view(u8, flip, smallest):
+    """Each image mirrored with p = 1/2 if `flip`, then a random part of it enlarged to the image's size.
+
+    u8 (B, C, side, side) uint8 -> the same. The part has area U[smallest, 1] of the image and aspect ratio
+    exp(U[log 3/4, log 4/3]), rounded to h x w pixels: the first of 10 candidates that fits into the image, else all of
+    it, which smallest = 1 always takes; its place is uniform. As torchvision's RandomResizedCrop, but image by image.
+    """
+    u8 = mirror(u8) if flip else u8
+    if smallest == 1:
+        return u8
+    B, side, device = len(u8), u8.shape[3], u8.device
+    area = side**2 * (smallest + (1 - smallest) * torch.rand(B, 10, device=device))
+    ratio = (math.log(4 / 3) * (2 * torch.rand(B, 10, device=device) - 1)).exp()
+    size = torch.stack([area / ratio, area * ratio]).sqrt().round()                                # (2, B, 10), h and w
+    fits = ((size > 0) & (size <= side)).all(0)                                                                # (B, 10)
+    size = torch.where(fits.any(1), size[:, torch.arange(B, device=device), fits.int().argmax(1)], side)        # (2, B)
+    return enlarge(u8, (torch.rand(2, B, device=device) * (side - size + 1)).floor(), size)
+
+
+def weak_view(u8, flip):
+    """Each image mirrored with p = 1/2 if `flip`, then moved by up to side / 8 pixels along both axes, as in FixMatch.
+
+    u8 (B, C, side, side) uint8 -> the same: a window, its place uniform, of the image padded by reflection.
+    """
+    u8, side, pad = mirror(u8) if flip else u8, u8.shape[3], u8.shape[3] // 8
+    place = torch.randint(-pad, pad + 1, (2, len(u8), 1), device=u8.device) + torch.arange(side, device=u8.device)
+    y, x = torch.minimum(place.abs(), 2 * (side - 1) - place.abs())                          # (B, side) each, reflected
+    return take(u8, y[:, :, None], x[:, None])
+
+
+def strong_view(u8, flip):
+    """weak_view, then RandAugment, then cutout: FixMatch's strong augmentation (arXiv 2001.07685, Appendix).
+
+    u8 (B, C, side, side) uint8 -> the same. Twice each image draws one of the 14 OPS, a strength v from 1 .. 9 and a
+    sign, and undergoes the operation with p = 1/2. The cutout always happens; its centre is uniform over the pixels.
+    """
+    def draw(low, high):
+        return torch.randint(low, high, (len(u8),), device=u8.device)
+
+    u8, side = weak_view(u8, flip), u8.shape[3]
+    for _ in range(2):
+        op = torch.where(draw(0, 2) == 1, draw(0, len(OPS)), OPS.index("Identity"))
+        u8 = augment(u8, op, draw(1, 10), 2 * draw(0, 2) - 1)
+    return cutout(u8, draw(0, side), draw(0, side))
+
+
+def mirror(u8):
+    """Each image flipped left to right with p = 1/2."""
+    return torch.where(torch.rand(len(u8), 1, 1, 1, device=u8.device) < 0.5, u8.flip(3), u8)
+
+
+def take(u8, y, x):
+    """u8[b, :, y, x] for whole numbers y, x that broadcast to (B, side, side)."""
+    index = (y * u8.shape[3] + x).flatten(1)[:, None].expand(-1, u8.shape[1], -1)                    # (B, C, side side)
+    return u8.flatten(2).gather(2, index).view_as(u8)
+
+
+def enlarge(u8, corner, size):
+    """Of each image the part at `corner` with `size`, both (2, B), y first, bilinearly to (C, side, side)."""
+    side, corner, size = u8.shape[3], corner[..., None], size[..., None]
+    i = (torch.arange(side, device=u8.device) + 0.5) / side
+    place = corner + torch.minimum((i * size - 0.5).clamp(min=0), size - 1)                    # (2, B, side), in pixels
+    y, x = (2 * place + 1) / side - 1                                                           # in grid_sample's units
+    grid = torch.stack(torch.broadcast_tensors(x[:, None], y[:, :, None]), 3)                       # (B, side, side, 2)
+    return F.grid_sample(u8.float(), grid, padding_mode="border", align_corners=False).round().to(torch.uint8)
+
+
+def cutout(u8, y, x):
+    """Level 127 in a square around pixel y, x (B,), side / 2 wide: moved inside at top and left, cut elsewhere."""
+    def span(centre):
+        near, i = (centre[:, None] - u8.shape[3] // 4).clamp(min=0), torch.arange(u8.shape[3], device=u8.device)
+        return (near <= i) & (i < near + u8.shape[3] // 2)                                                   # (B, side)
+
+    return u8.masked_fill((span(y)[:, :, None] & span(x)[:, None])[:, None], 127)
+
+
+def augment(u8, op, v, sign):
+    """Each image under its own operation OPS[op] with strength v in 1 .. 9 and sign -1 or 1; op, v, sign (B,) int64.
+
+    u8 (B, C, side, side) uint8 -> the same. All images pass three stages, and each stage leaves alone those whose
+    operation is another. Results are PIL's on modes L and RGB, level by level, except that AutoContrast computes in
+    whole numbers: PIL's floats now and then fall just below one and end a level lower.
+    """
+    B, C, side, _ = u8.shape
+    v, sign = v.view(B, 1, 1), sign.view(B, 1, 1)
+    on = {name: (op == i).view(B, 1, 1) for i, name in enumerate(OPS)}
+
+    # 1. levels: a table of them for each image and channel
+    pixels, i = u8.flatten(2).long(), torch.arange(256, device=u8.device)                    # (B, C, side side), (256,)
+    count = pixels.new_zeros(B, C, 256).scatter_add(2, pixels, pixels.new_ones(1, 1, 1).expand_as(pixels))
+    below = count.cumsum(2) - count                                                  # (B, C, 256), pixels darker than i
+    lo, hi = (edge(u8.flatten(2), 2, keepdim=True).long() for edge in (torch.amin, torch.amax))              # (B, C, 1)
+    step = below.gather(2, hi) // 255                                                           # 0: too few to equalize
+    table = torch.where(on["Equalize"] & (step > 0), (below + step // 2) // step.clamp(min=1), i).clamp(max=255)
+    table = torch.where(on["AutoContrast"] & (lo < hi), (i - lo) * 255 // (hi - lo).clamp(min=1), table)
+    table = torch.where(on["Solarize"] & (i >= 256 - v * 256 // 10), 255 - i, table)
+    drop = 4 - v * 4 // 10                                                                 # lowest bits, 1 to 4 of them
+    table = torch.where(on["Posterize"], i >> drop << drop, table)
+    u8 = table.to(torch.uint8).gather(2, pixels).view_as(u8)
+
+    # 2. places: pixel (x, y) shows the one at (a x + b y + c, d x + a y + e), nearest neighbour, black if outside
+    angle = torch.where(on["Rotate"], sign * 3 * v, 0).double().deg2rad()                    # around the image's centre
+    a, sin, shear, shift = angle.cos(), angle.sin(), 0.03 * (sign * v).double(), sign * (3 * v * side // 100)
+    b, d = torch.where(on["ShearX"], shear, -sin), torch.where(on["ShearY"], shear, sin)
+    c = side / 2 * (1 - a + sin) + torch.where(on["TranslateX"], shift, 0)
+    e = side / 2 * (1 - a - sin) + torch.where(on["TranslateY"], shift, 0)
+    a, b, c, d, e = ((p * 65536 + 0.5).floor().long() for p in (a, b, c + (a + b) / 2, d, e + (a + d) / 2))
+    x, y = torch.arange(side, device=u8.device), torch.arange(side, device=u8.device)[:, None]
+    x, y = (a * x + c + b * y) >> 16, (d * x + (a * y + e)) >> 16                 # (B, side, side); PIL has 16 bits too
+    inside = (x >= 0) & (x < side) & (y >= 0) & (y < side)
+    u8 = torch.where(inside[:, None], take(u8, y.clamp(0, side - 1), x.clamp(0, side - 1)), 0)
+
+    # 3. blends of the image x with a dull one: black, its mean grey, itself in grey, itself smoothed inside the border
+    x, on = u8.float(), {name: image[..., None] for name, image in on.items()}                        # now (B, 1, 1, 1)
+    grey = ((19595 * x[:, :1] + 38470 * x[:, 1:2] + 7471 * x[:, 2:] + 32768) / 65536).floor() if C == 3 else x
+    mean = torch.where(on["Contrast"], (grey.mean((1, 2, 3), keepdim=True) + 0.5).floor(), 0)
+    dull = torch.where(on["Brightness"] | on["Contrast"], mean, torch.where(on["Color"], grey, x))
+    rows = x[:, :, :-2] + x[:, :, 1:-1] + x[:, :, 2:]
+    smooth = (rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * x[:, :, 1:-1, 1:-1]).div(13).round()
+    dull[:, :, 1:-1, 1:-1] = torch.where(on["Sharpness"], smooth, dull[:, :, 1:-1, 1:-1])
+    return (dull + (5 + 9 * v[..., None]) / 100 * (x - dull)).to(torch.uint8)

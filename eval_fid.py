@@ -507,15 +507,15 @@ def noise(key, i, shape):
     return torch.randn(shape)
 
 
-def generated(model, side, abar, n, steps, key, batch_size, name):
-    """The n images of a model in batches, floats (B, C, side, side) in [-1, 1]."""
+def generated(model, side, abar, n, steps, clip, key, batch_size, name):
+    """The n images of a model in batches, floats (B, C, side, side) in [-1, 1]; `clip` is of every step of DDIM."""
     for i in tqdm(range(0, n, batch_size), desc=name, disable=None, leave=False):
         x_T = [noise(key, j, (model.in_channels, side, side)) for j in range(i, min(i + batch_size, n))]
-        x = sample(model, torch.stack(x_T).to(abar.device), abar, steps)
+        x = sample(model, torch.stack(x_T).to(abar.device), abar, steps, clip=clip)
         broken = (~x.isfinite().flatten(1).all(1)).nonzero()
         if len(broken):
             raise InputError(f"image {i + int(broken[0])} of {name} is not finite: it diverged, train it again")
-        yield x
+        yield x.clamp(-1, 1)
 
 
 def measure(batches, labeller, head, fid=None):
@@ -562,7 +562,7 @@ def evaluate_run(folder, args, device, load_fid=load_inception):
         records = json.loads(path.read_text()) if path.exists() else []
         dataset, scale, side, net = config["dataset"], config["scale"], config["image_size"], NETS[config["unet"]]
         steps, key = args.steps or config["sample_steps"], config["seed"] if args.seed is None else args.seed
-        class_tasks, schedule = config["class_tasks"], config["schedule"]
+        class_tasks, schedule, clip = config["class_tasks"], config["schedule"], config.get("clip", True)
         data_dir = args.data_dir or config["data_dir"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder} is no whole run folder ({error}): give one, or say with --reference what these "
@@ -599,17 +599,19 @@ def evaluate_run(folder, args, device, load_fid=load_inception):
         pool = pool[torch.randperm(len(pool))[:n]]
         protocol = dict(
             n=n, n_real=len(real), n_floor=len(pool), seed=key, steps=steps, schedule=schedule, image_size=side,
-            sampler="DDIM, eta 0, x_0 clipped", reference=f"{dataset}, test images of classes {seen}", kld_eps=1e-8,
+            sampler="DDIM, eta 0, x_0 clipped" if clip else "DDIM, eta 0", kld_eps=1e-8,
+            reference=f"{dataset}, test images of classes {seen}",
             checkpoint=hashlib.sha256(file.read_bytes()).hexdigest(), frd=about, fid=fid_about)
         mine = [r for r in records if r["task"] == k]
         if any(covers(r["protocol"], protocol) for r in mine):
             print(f"task {k}: evaluated before")
             continue
         try:
-            model.load_state_dict(run.load(file)["model"])
+            state = run.load(file)["model"]
+            model.load_state_dict({name: w for name, w in state.items() if not name.startswith("head.")})
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise InputError(f"{file} is not of the net {config['unet']} of config.json: train it again") from error
-        images = generated(model, side, abar, n, steps, key, args.batch_size, str(file))
+        images = generated(model, side, abar, n, steps, clip, key, args.batch_size, str(file))
         fake, q, confidence = measure(images, labeller, head, fid)
         true, q_real, _ = measure(test[real].split(args.batch_size), labeller, head, fid)
         floor, _, _ = measure(train[pool].split(args.batch_size), labeller, head, fid)

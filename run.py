@@ -123,7 +123,7 @@ def run_name(base, args, preset):
         if value != usual and value not in (None, []):
             value = ",".join(map(str, value)) if isinstance(value, list) else str(value)
             tag = value if key in ("scale", "schedule", "precision") else f"{key}{value}"
-            tag = {"flipTrue": "flip", "flipFalse": "noflip"}.get(tag, tag.replace("|", "-"))
+            tag = {"True": key, "False": f"no{key}"}.get(value, tag.replace("|", "-"))
             base += "-" + re.sub(r"[^\w.-]+", "_", tag)
     return base
 
@@ -166,8 +166,8 @@ def open_folder(config):
     locks.append(lock)
 
     if config["restart"]:
-        for pattern in ("config.json", "metrics.jsonl", "eval.json", "classifier.json", "task*.pt", "checkpoint*",
-                        "samples/task*.png"):
+        for pattern in ("config.json", "metrics.jsonl", "eval.json", "classifier.json", "accuracy.json", "task*.pt",
+                        "local*.pt", "replay*.pt", "checkpoint*", "samples/*.png"):
             for path in folder.glob(pattern):
                 path.unlink()
     for path in [*folder.glob("*.tmp"), *folder.glob("samples/*.tmp")]:  # left by a save that was killed
@@ -316,11 +316,13 @@ def latest(folder, tasks):
 # --------------------------------------------------------------------------------------------- records, progress
 
 def reporter(folder, state, updates, passes, device):
-    """A function report(task, update, images, losses) to call when a task begins or goes on, then after every update.
+    """A function report(task, update, images, losses, more), to call whenever a task begins or goes on after something
+    else, report(task, update), and then after every update.
 
-    It moves a live line of tqdm's, and where `losses`, [all, new, replayed] as floats, are given adds a record to
-    metrics.jsonl. `updates` and `passes`, the cost of an update, are lists by task, for the time left in the whole run.
-    The records after `state`, whose updates a resumed run does again, are dropped.
+    It moves a live line of tqdm's, and where `losses`, floats by name, are given adds a record to metrics.jsonl, with
+    whatever the function `more` returns, whose time is not counted. `updates` and `passes`, the cost of an update, are
+    lists by task, for the time left in the whole run. The records after `state`, whose updates a resumed run does
+    again, are dropped.
     """
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
@@ -333,11 +335,12 @@ def reporter(folder, state, updates, passes, device):
     begun = time.perf_counter() - (records[-1]["seconds"] if records else 0)
     bar = last = since = seen = None
 
-    def report(task, update, images=0, losses=None):
+    def report(task, update, images=0, losses=None, more=dict):
         nonlocal bar, last, since, seen
         n, now = updates[task - 1], time.perf_counter()
         if not images:
-            bar = tqdm(total=n, initial=update, desc=f"task {task}/{len(updates)}", disable=None, leave=False)
+            if bar is None or bar.n == bar.total:
+                bar = tqdm(total=n, initial=update, desc=f"task {task}/{len(updates)}", disable=None, leave=False)
             last, since, seen = update, now, 0
             return
         bar.update()
@@ -347,18 +350,18 @@ def reporter(folder, state, updates, passes, device):
         ms = 1000 * (now - since) / (update - last)
         costs = [n * cost for n, cost in zip(updates, passes)]
         left = ms / 1000 * (sum(costs[task - 1:]) - update * passes[task - 1]) / passes[task - 1]
-        record = {"task": task, "update": update, "loss": losses[0], "loss_new": losses[1], "loss_replay": losses[2],
+        record = {"task": task, "update": update, **losses,
                   "ms_per_update": round(ms, 2), "images_per_s": round(seen / (now - since), 1),
-                  "peak_memory_mb": peak_memory_mb(device), "seconds": round(now - begun, 2)}
+                  "peak_memory_mb": peak_memory_mb(device), "seconds": round(now - begun, 2), **more()}
         with open(path, "a") as file:
             file.write(json.dumps(record) + "\n")
-        bar.set_postfix_str(f"loss {losses[1]:.4f} new {losses[2]:.4f} replayed, {ms:.1f} ms, "
-                            f"{tqdm.format_interval(left)} to the end of the run")
-        last, since, seen = update, now, 0
+        said = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in losses.items())
+        bar.set_postfix_str(f"{said}, {ms:.1f} ms, {tqdm.format_interval(left)} to the end of the run")
+        last, since, seen = update, time.perf_counter(), 0
         if update == n:
             bar.close()
-            print(f"task {task}/{len(updates)}: {n} updates, loss {losses[1]:.4f} new, {losses[2]:.4f} replayed, "
-                  f"{ms:.1f} ms per update, {now - begun:.0f} s so far", flush=True)
+            print(f"task {task}/{len(updates)}: {n} updates, {said}, {ms:.1f} ms per update, {now - begun:.0f} s "
+                  "so far", flush=True)
     return report
 
 

@@ -224,7 +224,8 @@ def main(argv=None):
             saving = run.save_due(args.save_every, u) and (u < n or run.signals)
             if recording or saving:
                 run.check_finite(log[u - 1], model, k, u)
-            report(k, u, len(x_0), log[(u - 1) // every * every:u].mean(0).tolist() if recording else None)
+            means = log[(u - 1) // every * every:u].mean(0).tolist() if recording else []
+            report(k, u, len(x_0), dict(zip(("loss", "loss_new", "loss_replay"), means)) or None)
             if saving:
                 run.save_checkpoint(folder, {"task": k, "update": u, "model": model.state_dict(), "log": log,
                                              "prev": prev.state_dict(), "optimizer": optimizer.state_dict()})

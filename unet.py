@@ -1,6 +1,7 @@
 """The U-Net that predicts the noise in an image, and the papers' nets: `model = UNet(**NETS["cifar10"])`.
 
     model(x_t, t) = eps      x_t (B, C, H, W), t (B,) int64 in 0 .. 999  ->  eps (B, C, H, W)
+    model.classify(x_0)      logits (B, classes) from the encoder alone, of a net made with classes=N
 
 The architecture is DDPM's (Ho et al., arXiv 2006.11239v2, Appendix B): residual blocks that are told the time,
 attention at some resolutions, and a skip connection from each block of the way down to one of the way up. Parameters
@@ -32,6 +33,10 @@ AS_HO = dict(groups=32, eps=1e-6, head_width=256, padding=0, sin_first=True, shi
 # 8 groups divide every width of the laptop nets, also 16 + 32 = 48, and leave at least two channels to a group: with
 # one, GroupNorm would cancel the time, which a residual block adds as one number per channel.
 LAPTOP = dict(AS_RUN, groups=8, channels=(16, 32, 32), layers=1, attention=())
+# DEVIATION: JDCL (arXiv 2411.08224) has attention at 32x32, 16x16 and 8x8 of ImageNet's 64x64, but its released code
+# takes these sides for factors, and only 8x8 has it. "jdcl-imagenet100" follows the code.
+JDCL = dict(AS_RUN, in_channels=3, layers=3, head_width=64, dropout=0.1, film=True, zero_init=True)
+JDCL_LAPTOP = dict(JDCL, groups=8, channels=(16, 32, 32), layers=1, attention=(), head_width=8, dropout=0.0, hidden=128)
 
 NETS = {
     "fashion-mnist": dict(AS_RUN, in_channels=1, channels=(64, 128, 256, 512), layers=1, attention=(3,)),
@@ -39,6 +44,11 @@ NETS = {
     "ddpm-cifar10": dict(AS_HO, in_channels=3, channels=(128, 256, 256, 256), layers=2, attention=(1,)),
     "laptop": dict(LAPTOP, in_channels=1),
     "laptop-rgb": dict(LAPTOP, in_channels=3),
+    "jdcl-cifar": dict(JDCL, channels=(128, 256, 256, 256), attention=(1, 2), hidden=1024),
+    "jdcl-fashion-mnist": dict(JDCL, in_channels=1, channels=(128, 256, 256, 256), attention=(1, 2), hidden=1024),
+    "jdcl-imagenet100": dict(JDCL, channels=(192, 384, 384, 384), attention=(3,), hidden=2048),
+    "jdcl-laptop": dict(JDCL_LAPTOP, in_channels=1),
+    "jdcl-laptop-rgb": dict(JDCL_LAPTOP),
 }
 
 
@@ -59,34 +69,41 @@ def time_embedding(t, dim, sin_first, shift):
 class ResBlock(nn.Module):
     """s(x) + conv(SiLU(GN(conv(SiLU(GN(x))) + W SiLU(e)))); x (B, ci, H, W), e (B, 4 C0) -> (B, co, H, W).
 
-    The skip s is the identity, or a 1x1 convolution where the width changes.
+    The skip s is the identity, or a 1x1 convolution where the width changes. With `film` the time scales and shifts
+    what is normalised instead, GN(.) (1 + scale) + shift with [scale, shift] = W SiLU(e).
     """
 
-    def __init__(self, ci, co, e_dim, norm):
+    def __init__(self, ci, co, e_dim, norm, dropout, film, zero_init):
         super().__init__()
+        self.film = film
         self.norm1 = norm(ci)
         self.conv1 = nn.Conv2d(ci, co, 3, padding=1)
-        self.time_emb_proj = nn.Linear(e_dim, co)
+        self.time_emb_proj = nn.Linear(e_dim, 2 * co if film else co)
         self.norm2 = norm(co)
-        self.conv2 = nn.Conv2d(co, co, 3, padding=1)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero_init(nn.Conv2d(co, co, 3, padding=1))
         self.conv_shortcut = nn.Conv2d(ci, co, 1) if ci != co else nn.Identity()
 
     def forward(self, x, e):
         h = self.conv1(F.silu(self.norm1(x)))                                       # (B, ci, H, W) -> (B, co, H, W)
-        h = h + self.time_emb_proj(F.silu(e))[:, :, None, None]                     # + (B, co, 1, 1)
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.conv_shortcut(x) + h
+        e = self.time_emb_proj(F.silu(e))[:, :, None, None]                         # -> (B, co or 2 co, 1, 1)
+        if self.film:
+            scale, shift = e.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + e)
+        return self.conv_shortcut(x) + self.conv2(self.dropout(F.silu(h)))
 
 
 class Attention(nn.Module):
     """x + W softmax(q k^T / sqrt(d)) v over all pixels, in heads of d channels; q, k, v are linear in GN(x)."""
 
-    def __init__(self, c, head_width, norm):
+    def __init__(self, c, head_width, norm, zero_init):
         super().__init__()
         self.head_width = head_width
         self.group_norm = norm(c)
         self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
-        self.to_out = nn.Sequential(nn.Linear(c, c))  # a Sequential because its name is to_out.0
+        self.to_out = nn.Sequential(zero_init(nn.Linear(c, c)))  # a Sequential because its name is to_out.0
 
     def forward(self, x):
         y = self.group_norm(x).flatten(2).transpose(1, 2)                           # (B, C, H, W) -> (B, H*W, C)
@@ -127,6 +144,13 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))        # (B, C, H, W) -> (B, C, 2H, 2W)
 
 
+def zero(layer):
+    """The layer with its weights and biases set to zero."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    return layer
+
+
 class UNet(nn.Module):
     """eps_theta(x_t, t): x_t (B, C, H, W), t (B,) int64 -> eps (B, C, H, W); H and W divisible by 2^(levels - 1).
 
@@ -138,18 +162,22 @@ class UNet(nn.Module):
     head_width         channels of one attention head
     padding            of the downsampling convolutions, 1 or 0, see Downsample
     sin_first, shift   of the time embedding, see time_embedding
-
-    Weights start as PyTorch initialises them, as in the released runs; Ho et al. start some of them at zero.
+    dropout, film      of the residual blocks, see ResBlock
+    zero_init          whether the last layer of every block and of the net starts at zero, as with Ho et al.; all else
+                       starts as PyTorch initialises it, as in the released runs
+    hidden, classes    width and outputs of the classifier's head, a perceptron; classes=0 leaves it out
     """
 
-    def __init__(self, in_channels, channels, layers, attention, groups, eps, head_width, padding, sin_first, shift):
+    def __init__(self, in_channels, channels, layers, attention, groups, eps, head_width, padding, sin_first, shift,
+                 dropout=0.0, film=False, zero_init=False, hidden=0, classes=0):
         super().__init__()
         C0, last = channels[0], len(channels) - 1
         self.in_channels = in_channels
         self.factor = 2**last                                                       # by which the sides shrink
         norm = partial(nn.GroupNorm, groups, eps=eps)
-        resnet = partial(ResBlock, e_dim=4 * C0, norm=norm)
-        attend = partial(Attention, head_width=head_width, norm=norm)
+        start = zero if zero_init else nn.Identity()
+        resnet = partial(ResBlock, e_dim=4 * C0, norm=norm, dropout=dropout, film=film, zero_init=start)
+        attend = partial(Attention, head_width=head_width, norm=norm, zero_init=start)
 
         def level(i, widths, **resample):
             """Level i: a residual block for each (ci, co), attention if the level has it, then the change of side."""
@@ -174,6 +202,9 @@ class UNet(nn.Module):
 
         self.mid_block = nn.ModuleDict(dict(
             resnets=nn.ModuleList([resnet(c, c), resnet(c, c)]), attentions=nn.ModuleList([attend(c)])))
+        if classes:
+            self.head = nn.Sequential(nn.Linear(sum(skips) + c, hidden), nn.LeakyReLU(0.2), nn.Dropout(0.1),
+                                      nn.Linear(hidden, classes))
 
         self.up_blocks = nn.ModuleList()
         for i, co in reversed(list(enumerate(channels))):
@@ -182,7 +213,7 @@ class UNet(nn.Module):
             c = co
 
         self.conv_norm_out = norm(C0)
-        self.conv_out = nn.Conv2d(C0, in_channels, 3, padding=1)
+        self.conv_out = start(nn.Conv2d(C0, in_channels, 3, padding=1))
 
     def encode(self, x_t, t):
         """The way down and the middle: h (B, c, H/factor, W/factor), all skips in the order computed, e (B, 4 C0)."""
@@ -205,6 +236,15 @@ class UNet(nn.Module):
         h = self.mid_block.attentions[0](self.mid_block.resnets[0](h, e))
         return self.mid_block.resnets[1](h, e), skips, e
 
+    def features(self, x_0):
+        """The means over all pixels of every map of the way down and of the middle, at t = 0: (B, sum of widths)."""
+        h, skips, _ = self.encode(x_0, torch.zeros(len(x_0), dtype=torch.int64, device=x_0.device))
+        return torch.cat([m.mean((2, 3)) for m in [*skips, h]], dim=1)
+
+    def classify(self, x_0):
+        """Logits (B, classes) of clean images (B, C, H, W), from the encoder alone (JDCL, arXiv 2411.08224)."""
+        return self.head(self.features(x_0))
+
     def forward(self, x_t, t):
         h, skips, e = self.encode(x_t, t)
         for block in self.up_blocks:
@@ -215,17 +255,32 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(h)))                         # (B, C0, H, W) -> (B, C, H, W)
 
 
-def cost(name):
-    """(side, parameters, FLOP of one image's forward pass), 2 FLOP per multiply-add in convolutions and products."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model = UNet(**NETS[name])
-        side = 4 * model.factor                                                     # every net here ends at 4x4
-        model(torch.empty(1, model.in_channels, side, side), torch.zeros(1, dtype=torch.int64))
-    return side, sum(p.numel() for p in model.parameters()), counter.get_total_flops()
+def cost(name, classes=0):
+    """(side, parameters, of them the head's, FLOP of an image's forward pass, FLOP of its classification).
+
+    2 FLOP per multiply-add, of convolutions and matrix products alone.
+    """
+    with torch.device("meta"):
+        model = UNet(**NETS[name], classes=classes)
+        side = 64 if name == "jdcl-imagenet100" else 4 * model.factor               # every other net ends at 4x4
+        x, head, flop = torch.empty(1, model.in_channels, side, side), 0, [0, 0]
+        with FlopCounterMode(display=False) as counter:
+            model(x, torch.zeros(1, dtype=torch.int64))
+        flop[0] = counter.get_total_flops()
+        if classes:
+            head = sum(p.numel() for p in model.head.parameters())
+            with FlopCounterMode(display=False) as counter:
+                model.classify(x)
+            flop[1] = counter.get_total_flops()
+    return side, sum(p.numel() for p in model.parameters()) - head, head, *flop
 
 
 if __name__ == "__main__":
-    print(f"{'net':<15}{'resolution':>10}{'parameters':>14}{'GFLOP/image':>14}")
-    for name in NETS:
-        side, parameters, flop = cost(name)
-        print(f"{name:<15}{f'{side}x{side}':>10}{parameters:>14,}{flop / 1e9:>14.2f}")
+    print(f"{'net':<20}{'resolution':>10}{'parameters':>14}{'GFLOP/image':>14}"
+          f"{'classes':>10}{'head':>14}{'GFLOP to classify':>20}")
+    several = {"jdcl-cifar": (10, 100), "jdcl-imagenet100": (100,)}
+    for name, net in NETS.items():
+        for classes in several.get(name, (10,)) if "hidden" in net else (0,):
+            side, parameters, head, flop, flop_classify = cost(name, classes)
+            print(f"{name:<20}{f'{side}x{side}':>10}{parameters:>14,}{flop / 1e9:>14.2f}"
+                  + (f"{classes:>10}{head:>14,}{flop_classify / 1e9:>20.2f}" if classes else ""))
