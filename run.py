@@ -24,12 +24,16 @@ import sys
 import time
 import zipfile
 import zlib
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
-MACHINE = ("data_dir", "out", "device", "compile", "save_every", "restart", "command", "torch")  # not the mathematics
+MACHINE = ("data_dir", "out", "device", "compile", "save_every", "restart", "command", "torch",
+           "processes")  # not the mathematics
+rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun tells the process
 locks, signals = [], []  # of this process: the run folders it holds, the signals that asked it to stop
 last_save = time.monotonic()
 
@@ -38,12 +42,25 @@ class InputError(ValueError):
     """A person's mistake, told in one sentence that says what to do; `main` prints it and exits with code 2."""
 
 
+class LostProcess(RuntimeError):
+    """Another process of the run has ended."""
+
+
 def main(function):
     """Run a script's main: a person's mistake ends it with one sentence and exit code 2, never with a traceback."""
     try:
-        return function()
+        function()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return
     except InputError as error:
+        if rank:  # the first process tells it, and all meet with it
+            sys.exit(2)
         sentence, code = f"error: {error}", 2
+    except LostProcess as error:
+        if signals:
+            sys.exit(128 + signals[0])
+        sentence, code = f"error: process {rank}: {error}", 2
     except torch.OutOfMemoryError:
         sentence, code = "error: out of device memory; lower --batch-size or use --precision bf16", 2
     except OSError as error:
@@ -134,11 +151,67 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise InputError(f"--device must be auto, cpu, cuda or cuda:<i>, not {name}")
+    if world > 1 and name == "cuda":
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {name} is not there, torch sees {torch.cuda.device_count()} CUDA devices; "
-                         "use --device cpu")
+                         "use --device cpu, or fewer processes")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+        if rank:  # the first process speaks for all
+            sys.stdout = open(os.devnull, "w")
     return device
+
+
+# -------------------------------------------------------------------------------------------------- processes
+
+def share(x):
+    """The rows rank, rank + world, ... of a batch (B, ...), this process's share; all of it without torchrun.
+
+    Every process draws all random numbers of an update, for the whole batch, and computes with its rows alone: so N
+    processes follow one. Old images before new ones stay so in each share.
+    """
+    if len(x) < world:
+        raise InputError(f"{len(x)} images are too few for {world} processes: choose another --batch-size")
+    return x[rank::world] if world > 1 else x
+
+
+def gather(x, n):
+    """The whole batch (n, ...) of which every process has its share x."""
+    if world == 1:
+        return x
+    whole = x.new_zeros(n, *x.shape[1:])
+    whole[rank::world] = x
+    together(dist.all_reduce, whole)
+    return whole
+
+
+def average(model, losses, part):
+    """The losses, scalars, of the whole batch, (len(losses),), when each process has those of its `part` of it, such
+    as 1/2; the gradients likewise, in place.
+    """
+    losses = torch.stack(losses).detach().float()
+    if world > 1:
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = part * torch.cat([losses, *(g.flatten() for g in gradients)])
+        together(dist.all_reduce, flat)
+        losses, flat = flat.split([len(losses), len(flat) - len(losses)])
+        for g, mean in zip(gradients, flat.split([g.numel() for g in gradients])):
+            g.copy_(mean.view_as(g))
+    return losses
+
+
+def together(operation, *arguments):
+    """One of torch.distributed's collective operations, or nothing in a run of one process."""
+    try:
+        if world > 1:
+            operation(*arguments)
+    except RuntimeError as error:  # of gloo and NCCL alike
+        lost = "another process of this run has ended; the same command goes on from the last checkpoint"
+        raise LostProcess(lost) from error
 
 
 # -------------------------------------------------------------------------------------------- folder and files
@@ -148,8 +221,13 @@ def open_folder(config):
 
     From here on Ctrl-C and SIGTERM only leave a note in `signals`: a run ends after a whole update and a save.
     """
-    config = json.loads(json.dumps(dict(config, command=shlex.join(["python", *sys.argv]), torch=torch.__version__)))
+    about = dict(command=shlex.join(["python", *sys.argv]), torch=torch.__version__, processes=world)
+    config = json.loads(json.dumps(dict(config, **about)))
     folder = Path(config["out"] or Path("runs", config["dataset"], config["name"], f"seed{config['seed']}"))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: signals.append(number))
+    if rank:
+        return folder
     try:
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a+")
@@ -185,18 +263,20 @@ def open_folder(config):
     if differs:
         raise InputError(f"{folder} holds a run with other settings ({'; '.join(differs)}); choose another --out, "
                          "or --restart to delete it")
-    for key in ("torch", "device", "compile"):
-        if before.get(key) != config[key]:
+    for key in ("torch", "device", "compile", "processes"):
+        if before.get(key, 1) != config[key]:
             print(f"begun with {key} {before.get(key)}, now {config[key]}: the end need not be bitwise that of an "
                   "unbroken run", file=sys.stderr)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: signals.append(number))
     return folder
 
 
 def save(path, state):
-    """torch.save that leaves either the old file or the new one, never a part: write aside, flush to disk, rename."""
+    """torch.save that leaves either the old file or the new one, never a part: write aside, flush to disk, rename.
+
+    Of several processes the first writes, and all wait for it.
+    """
     replace(path, lambda file: torch.save(state, file))
+    together(dist.barrier)
 
 
 def write_json(path, value):
@@ -210,7 +290,9 @@ def save_png(path, picture):
 
 
 def replace(path, write):
-    """Replace the file at `path` by what write(file) writes, all or nothing."""
+    """Replace the file at `path` by what write(file) writes, all or nothing; only the first process does it."""
+    if rank:
+        return
     path = Path(path)
     tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -255,6 +337,8 @@ def load_weights(model, path):
 def save_due(every, update):
     """Whether to save after this update: `every` is ("minutes", x) or ("updates", x); at once if asked to stop."""
     global last_save
+    if rank:  # only the first process saves
+        return False
     minutes = (time.monotonic() - last_save) / 60
     due = minutes > every[1] if every[0] == "minutes" else update % int(every[1]) == 0
     if due:
@@ -266,15 +350,17 @@ def save_checkpoint(folder, state):
     """Save the state inside a task (`task`, `update`, the number done, and whatever else), keep the checkpoint before,
     and leave with exit code 130 or 143 if Ctrl-C or SIGTERM asked for it.
     """
+    if rank:
+        return
     if (folder / "checkpoint.pt").exists():
         os.replace(folder / "checkpoint.pt", folder / "checkpoint.old.pt")
-    save(folder / "checkpoint.pt", state)
+    replace(folder / "checkpoint.pt", lambda file: torch.save(state, file))
     exit_if_stopped(f"task {state['task']}, update {state['update']}")
 
 
 def exit_if_stopped(where):
     """Leave with exit code 130 or 143 if Ctrl-C or SIGTERM asked for it; everything up to `where` is saved."""
-    if signals:
+    if signals and not rank:
         print(f"stopped after {where}; the same command goes on from there", file=sys.stderr)
         sys.exit(128 + signals[0])
 
@@ -284,13 +370,15 @@ def latest(folder, tasks):
 
     Damaged files are set aside, so that no later save puts them in the place of a good one.
     """
+    if rank:
+        together(dist.barrier)  # the first process looks first, and sets aside
     state, damaged = None, []
     newest = max((k for k in range(1, tasks + 1) if (folder / f"task{k}.pt").exists()), default=0)
     checkpoints = [path for path in (folder / "checkpoint.pt", folder / "checkpoint.old.pt") if path.exists()]
     if newest == tasks:  # the run is finished
         for path in checkpoints:
             path.unlink()
-        return {"task": tasks + 1, "update": 0, "model": load(folder / f"task{tasks}.pt")["model"]}
+        checkpoints, newest = [], tasks
     for path in [*checkpoints, *(folder / f"task{k}.pt" for k in range(newest, 0, -1))]:
         try:
             found = load(path)
@@ -308,8 +396,10 @@ def latest(folder, tasks):
     for path, error in damaged:
         path.rename(path.with_name(path.name + ".damaged"))
         print(f"{error}; it is set aside", file=sys.stderr)
-    if state:
+    if state and state["task"] <= tasks:
         print(f"going on from task {state['task']}, update {state['update']}")
+    if not rank:
+        together(dist.barrier)
     return state
 
 
@@ -324,6 +414,8 @@ def reporter(folder, state, updates, passes, device):
     lists by task, for the time left in the whole run. The records after `state`, whose updates a resumed run does
     again, are dropped.
     """
+    if rank:
+        return lambda *_, **__: None
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     try:
@@ -365,11 +457,16 @@ def reporter(folder, state, updates, passes, device):
     return report
 
 
-def check_finite(losses, model, task, update):
-    """Stop the run if a loss or a weight is NaN or infinite: such weights are never saved."""
-    if not (losses.isfinite().all() and torch.stack([p.sum() for p in model.parameters()]).isfinite().all()):
-        raise InputError(f"task {task} has diverged by update {update}, its losses are {losses.tolist()}: lower --lr "
-                         "or use --precision fp32; what was saved before is intact")
+def check_finite(log, names, model, task, before=0):
+    """Stop the run if a row of log (updates, len(names)), of `task` after its first `before` updates, is not finite, or
+    a weight. Of a gradient that is not, the optimizer has left out the step.
+    """
+    bad = (~log.isfinite()).any(1).nonzero()
+    u = int(bad[0, 0]) if len(bad) else len(log) - 1
+    if len(bad) or not torch.stack([p.sum() for p in model.parameters()]).isfinite().all():
+        terms = ", ".join(f"{name} {value:g}" for name, value in zip(names, log[u].tolist()))
+        raise InputError(f"task {task} has diverged by update {before + u + 1} ({terms}): lower --lr or use "
+                         "--precision fp32, with another --out or --restart; what was saved before is intact")
 
 
 def peak_memory_mb(device):

@@ -28,6 +28,8 @@ import run
 from ddim import T, alpha_bar, q_sample, sample, seed
 from unet import NETS, UNet
 
+LOG = ("loss", "loss_new", "loss_replay", "gradient_norm")
+
 # -------------------------------------------------------------------------------------------------- arguments
 
 PAPER = dict(image_size=32, tasks=5, class_order="random", lr=2e-4, schedule="zero-snr", flip=False, iterations=[])
@@ -122,15 +124,15 @@ def to_x_0(u8, flip):
 
 
 @torch.no_grad()
-def replay(args, prev, x_t, t, abar):
+def replay(args, prev, x_0, x_t, t, abar):
     """The replayed half of a batch: noisy images x_r_t (B, C, H, W), their times t_r (B,), what to predict there."""
     if args.replay == "current":
         return x_t[:0], t[:0], prev(x_t, t)  # the one forward over x_t serves both losses, there is no second half
     if args.replay == "noise":
-        x_r_t, t_r = torch.randn_like(x_t), torch.randint_like(t, T)
+        x_r_t, t_r = map(run.share, (torch.randn_like(x_0), torch.randint(T, (len(x_0),), device=x_0.device)))
     else:
-        x_r = sample(prev, torch.randn_like(x_t), abar, args.teacher_steps)
-        x_r_t, t_r, _ = diffuse(x_r, abar)
+        x_r = run.gather(sample(prev, run.share(torch.randn_like(x_0)), abar, args.teacher_steps), len(x_0))
+        x_r_t, t_r, _ = map(run.share, diffuse(x_r, abar))
     target_r = prev(x_r_t, t_r)                         # GD: what the previous model says about that noisy image
     return x_r_t, t_r, target_r
 
@@ -193,7 +195,7 @@ def main(argv=None):
         # of the gradient is clipped at 1.
         optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
         prev.load_state_dict(state.get("prev", model.state_dict()))
-        log = torch.zeros(n, 3, device=device)  # the losses of every update
+        log = torch.zeros(n, len(LOG), device=device)  # of every update
         if state["update"]:
             optimizer.load_state_dict(state["optimizer"])
             log.copy_(state["log"])
@@ -208,24 +210,26 @@ def main(argv=None):
             x_0 = to_x_0(images[order[i * args.batch_size:(i + 1) * args.batch_size]], args.flip)
 
             with autocast:
-                x_t, t, eps = diffuse(x_0, abar)
-                replayed = replay(args, prev, x_t, t, abar) if replaying else None
+                x_t, t, eps = map(run.share, diffuse(x_0, abar))  # all of the batch, unless torchrun shares it out
+                replayed = replay(args, prev, x_0, x_t, t, abar) if replaying else None
                 loss_new, loss_replay = losses(model, x_t, t, eps, replayed)
             loss = r * loss_new + (1 - r) * args.lam * loss_replay
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            means = run.average(model, [loss, loss_new, loss_replay], len(x_t) / len(x_0))
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.found_inf = (~norm.isfinite()).float()  # then step() does nothing, and check_finite will say so
             optimizer.step()
-            log[u] = torch.stack([loss, loss_new, loss_replay]).detach()
+            log[u] = torch.cat([means, norm[None]])
 
             # Once in a while a record or a checkpoint: only here does the script wait for the device.
             u += 1
             recording = u % every == 0 or u == n
             saving = run.save_due(args.save_every, u) and (u < n or run.signals)
             if recording or saving:
-                run.check_finite(log[u - 1], model, k, u)
+                run.check_finite(log[:u], LOG, model, k)
             means = log[(u - 1) // every * every:u].mean(0).tolist() if recording else []
-            report(k, u, len(x_0), dict(zip(("loss", "loss_new", "loss_replay"), means)) or None)
+            report(k, u, len(x_0), dict(zip(LOG, means)) or None)
             if saving:
                 run.save_checkpoint(folder, {"task": k, "update": u, "model": model.state_dict(), "log": log,
                                              "prev": prev.state_dict(), "optimizer": optimizer.state_dict()})

@@ -1,5 +1,6 @@
 """Shared by all tests: one thread (two are slower when anything else runs), the repository on the path, a helper."""
 
+import collections
 import os
 import subprocess
 import sys
@@ -23,3 +24,17 @@ def script(tmp_path):
         command = [sys.executable, str(ROOT / name), *map(str, arguments)]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=timeout, **more)
     return run
+
+
+counts = collections.Counter()
+
+
+@pytest.fixture
+def tally():
+    """Counts of what the tests have done to the scripts, printed at the end."""
+    return counts
+
+
+def pytest_terminal_summary(terminalreporter):
+    if counts:
+        terminalreporter.write_line(", ".join(f"{name}: {n}" for name, n in sorted(counts.items())))

@@ -14,10 +14,11 @@ import report
 import train_classifier
 import train_gd
 import train_gr
+import train_jdcl
 
 README = (ROOT / "README.md").read_text()
-SCRIPTS = {"train_gr.py": train_gr, "train_gd.py": train_gd, "eval_fid.py": eval_fid,
-           "train_classifier.py": train_classifier, "report.py": report}
+SCRIPTS = {"train_gr.py": train_gr, "train_gd.py": train_gd, "train_jdcl.py": train_jdcl,
+           "eval_fid.py": eval_fid, "train_classifier.py": train_classifier, "report.py": report}
 RESULTS = (ROOT / "results/README.md").read_text()
 COMMANDS = sorted(set(re.findall(r"^(?:.*&& )?python (\w+\.py[^\n#]*)", README + RESULTS, re.M)))
 
