@@ -111,10 +111,13 @@ def get_args(argv=None):
 # ----------------------------------------------------------------------------------------------------- losses
 
 def diffuse(x_0, abar):
-    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, each image with its own t from 0 .. T-1 and eps ~ N(0, I)."""
+    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, each image with its own t from 0 .. T-1 and eps ~ N(0, I).
+
+    x_t, t, eps of the whole batch; with torchrun of this process's share of it.
+    """
     t = torch.randint(T, (len(x_0),), device=x_0.device)
     eps = torch.randn_like(x_0)
-    return q_sample(x_0, t, eps, abar), t, eps
+    return [run.share(x) for x in (q_sample(x_0, t, eps, abar), t, eps)]
 
 
 def to_x_0(u8, flip):
@@ -132,7 +135,7 @@ def replay(args, prev, x_0, x_t, t, abar):
         x_r_t, t_r = map(run.share, (torch.randn_like(x_0), torch.randint(T, (len(x_0),), device=x_0.device)))
     else:
         x_r = run.gather(sample(prev, run.share(torch.randn_like(x_0)), abar, args.teacher_steps), len(x_0))
-        x_r_t, t_r, _ = map(run.share, diffuse(x_r, abar))
+        x_r_t, t_r, _ = diffuse(x_r, abar)
     target_r = prev(x_r_t, t_r)                         # GD: what the previous model says about that noisy image
     return x_r_t, t_r, target_r
 
@@ -210,7 +213,7 @@ def main(argv=None):
             x_0 = to_x_0(images[order[i * args.batch_size:(i + 1) * args.batch_size]], args.flip)
 
             with autocast:
-                x_t, t, eps = map(run.share, diffuse(x_0, abar))  # all of the batch, unless torchrun shares it out
+                x_t, t, eps = diffuse(x_0, abar)
                 replayed = replay(args, prev, x_0, x_t, t, abar) if replaying else None
                 loss_new, loss_replay = losses(model, x_t, t, eps, replayed)
             loss = r * loss_new + (1 - r) * args.lam * loss_replay

@@ -114,10 +114,13 @@ def get_args(argv=None):
 # ----------------------------------------------------------------------------------------------------- losses
 
 def diffuse(x_0, abar):
-    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, each image with its own t from 0 .. T-1 and eps ~ N(0, I)."""
+    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, each image with its own t from 0 .. T-1 and eps ~ N(0, I).
+
+    x_t, t, eps of the whole batch; with torchrun of this process's share of it.
+    """
     t = torch.randint(T, (len(x_0),), device=x_0.device)
     eps = torch.randn_like(x_0)
-    return q_sample(x_0, t, eps, abar), t, eps
+    return [run.share(x) for x in (q_sample(x_0, t, eps, abar), t, eps)]
 
 
 def to_x_0(u8, flip):
@@ -142,7 +145,7 @@ def replay(args, prev, x_0, kept, abar):
         x_r = to_x_0(kept[torch.randperm(len(kept), device=x_0.device)[:len(x_0)]], args.flip)
     else:
         x_r = run.gather(sample(prev, run.share(torch.randn_like(x_0)), abar, args.teacher_steps), len(x_0))
-    x_r_t, t_r, eps_r = map(run.share, diffuse(x_r, abar))
+    x_r_t, t_r, eps_r = diffuse(x_r, abar)
     target_r = eps_r                                    # GR: the noise that was added
     return x_r_t, t_r, target_r
 
@@ -223,7 +226,7 @@ def main(argv=None):
             x_0 = to_x_0(images[order[i * args.batch_size:(i + 1) * args.batch_size]], args.flip)
 
             with autocast:
-                x_t, t, eps = map(run.share, diffuse(x_0, abar))  # all of the batch, unless torchrun shares it out
+                x_t, t, eps = diffuse(x_0, abar)
                 replayed = replay(args, prev, x_0, kept, abar) if replaying else None
                 loss_new, loss_replay = losses(model, x_t, t, eps, replayed)
             loss = r * loss_new + (1 - r) * loss_replay

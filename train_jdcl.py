@@ -207,10 +207,13 @@ def forget_unseen(model, fresh, seen):
 # ----------------------------------------------------------------------------------------------------- losses
 
 def diffuse(x_0, abar):
-    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, each image with its own t from 0 .. T-1 and eps ~ N(0, I)."""
+    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, each image with its own t from 0 .. T-1 and eps ~ N(0, I).
+
+    x_t, t, eps of the whole batch; with torchrun of this process's share of it.
+    """
     t = torch.randint(T, (len(x_0),), device=x_0.device)
     eps = torch.randn_like(x_0)
-    return q_sample(x_0, t, eps, abar), t, eps
+    return [run.share(x) for x in (q_sample(x_0, t, eps, abar), t, eps)]
 
 
 def joint_losses(args, model, x_0, x_c, y, abar, on=True):
@@ -219,7 +222,7 @@ def joint_losses(args, model, x_0, x_c, y, abar, on=True):
     x_0, x_c (B, C, H, W) are the denoiser's and the classifier's view of the same images, y (B,) their classes.
     Like all losses here: the sum, and its terms by name, scalars.
     """
-    x_t, t, eps = map(run.share, diffuse(x_0, abar))
+    x_t, t, eps = diffuse(x_0, abar)
     terms = {"denoise": F.mse_loss(model(x_t, t), eps)}
     if not on:  # then there is no classifier's pass either
         return terms["denoise"], terms
@@ -233,7 +236,7 @@ def semi_supervised_losses(args, model, x_0, x_l, y_l, x_weak, x_strong, abar):
     |eps - model(x_t, t)|^2 + alpha CE(x_l, y_l) + alpha mean_u 1[max q_u >= 0.95] CE(x_strong, argmax q_u) with q_u =
     softmax(model.classify(x_weak)), no gradient; x_0, x_weak, x_strong are views of the same images.
     """
-    x_t, t, eps = map(run.share, diffuse(x_0, abar))
+    x_t, t, eps = diffuse(x_0, abar)
     x_l, y_l, x_weak, x_strong = map(run.share, (x_l, y_l, x_weak, x_strong))
     with torch.no_grad():
         confidence, label = model.classify(x_weak).softmax(1).max(1)
@@ -252,7 +255,7 @@ def kd_mean(d, n_old, weighting):
 
 def distillation_losses(args, model, old, new, n_old, x_0, x_c, y, abar, on):
     """Stage 2: L_global of the top; the first n_old images have `old` for a teacher, the others `new`."""
-    x_t, t, eps = map(run.share, diffuse(x_0, abar))
+    x_t, t, eps = diffuse(x_0, abar)
     n_old = len(run.share(range(n_old)))
     with torch.no_grad():
         target = torch.cat([old(x_t[:n_old], t[:n_old]), new(x_t[n_old:], t[n_old:])])
@@ -278,7 +281,7 @@ def one_stage_losses(args, model, old, n_old, x_0, x_c, y, abar):
 
     n_new/B |eps - model|^2_new + n_old/B |e_T - model|^2_old + alpha (CE(p, y) + n_old/B H(q_T, p)_old)
     """
-    x_t, t, eps = map(run.share, diffuse(x_0, abar))
+    x_t, t, eps = diffuse(x_0, abar)
     x_c, y, n_old = run.share(x_c), run.share(y), len(run.share(range(n_old)))
     with torch.no_grad():
         target, q = old(x_t[:n_old], t[:n_old]), old.classify(x_c[:n_old]).float().softmax(1)

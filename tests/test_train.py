@@ -111,8 +111,8 @@ def both(script, args, model, prev, x_0, kept=None, k=2):
     abar = alpha_bar()
     seed("losses")
     x_t, t, eps = script.diffuse(x_0, abar)
-    more = (kept,) if script is train_gr else ()
-    return script.losses(model, x_t, t, eps, script.replay(args, prev, x_t, t, *more, abar) if k > 1 else None)
+    more = (kept,) if script is train_gr else (x_t, t)
+    return script.losses(model, x_t, t, eps, script.replay(args, prev, x_0, *more, abar) if k > 1 else None)
 
 
 def test_distillation_vanishes_where_student_is_teacher_and_replay_does_not():
@@ -159,8 +159,7 @@ def test_experience_replay_draws_from_the_buffer():
     """With a buffer of one grey the replayed batch is that grey, noised; a small buffer makes a small batch."""
     args = train_gr.get_args(["--scale", "laptop", "--replay", "buffer", "--buffer-size", "3"])
     kept, abar = torch.full((3, 1, 16, 16), 200, dtype=torch.uint8), alpha_bar()
-    x_t, t, eps = train_gr.diffuse(batch(), abar)
-    x_r_t, t_r, target_r = train_gr.replay(args, None, x_t, t, kept, abar)
+    x_r_t, t_r, target_r = train_gr.replay(args, None, batch(), kept, abar)
     assert x_r_t.shape == (3, 1, 16, 16)
     assert_close(x_r_t, q_sample(data.normalize(kept), t_r, target_r, abar))
 
@@ -274,18 +273,17 @@ KILLED = ["--iterations", "4,25", "--tasks", "2", "--save-every", "4"]
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    """The folders of runs that nothing disturbs, by script."""
-    folder = tmp_path_factory.mktemp("unbroken")
-    for name in ("train_gr.py", "train_gd.py"):
-        command = [sys.executable, str(ROOT / name), *TINY, *KILLED, "--out", str(folder / name)]
-        subprocess.run(command, check=True, capture_output=True)
+    """The folder of a run that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("unbroken") / "train_gd.py"
+    command = [sys.executable, str(ROOT / "train_gd.py"), *TINY, *KILLED, "--out", str(folder)]
+    subprocess.run(command, check=True, capture_output=True)
     return folder
 
 
-@pytest.mark.parametrize("name, how", [("train_gr.py", signal.SIGKILL), ("train_gd.py", signal.SIGKILL),
-                                       ("train_gd.py", signal.SIGTERM), ("train_gd.py", signal.SIGINT)])
-def test_a_run_killed_inside_a_task_ends_bitwise_as_an_unbroken_one(script, unbroken, tmp_path, name, how):
-    unbroken, broken = unbroken / name, tmp_path / "broken"
+@pytest.mark.parametrize("name, how", [("train_gd.py", signal.SIGKILL), ("train_gd.py", signal.SIGTERM)])
+def test_a_run_killed_inside_a_task_ends_bitwise_as_an_unbroken_one(script, unbroken, tmp_path, tally, name, how):
+    """By whole processes, at any time; tests/test_faults.py kills at chosen events, and the other scripts."""
+    broken = tmp_path / "broken"
     process = start(tmp_path, name, *KILLED, "--out", "broken")
     wait_for(broken, 2, 6)
     process.send_signal(how)
@@ -301,6 +299,33 @@ def test_a_run_killed_inside_a_task_ends_bitwise_as_an_unbroken_one(script, unbr
             assert torch.equal(value, weights(broken, k)[key]), f"task {k}, {key}"
         assert (unbroken / f"samples/task{k}.png").read_bytes() == (broken / f"samples/task{k}.png").read_bytes()
     assert comparable(lives(unbroken)) == comparable(lives(broken)), "no update is recorded twice or missing"
+    tally["faults injected"] += 1
+    tally["faults survived"] += 1
+
+
+@pytest.mark.parametrize("name, arguments, units", [
+    ("train_gr.py", ["--replay", "none"], [3, 3, 3]), ("train_gr.py", ["--replay", "all"], [3, 3, 3]),
+    ("train_gr.py", ["--teacher-steps", "4"], [3, 10, 10]), ("train_gd.py", ["--teacher-steps", "4"], [3, 11, 11]),
+    ("train_gr.py", ["--replay", "buffer", "--buffer-size", "64"], [3, 6, 6]),
+    ("train_gd.py", ["--distill", "noise"], [3, 7, 7]), ("train_gd.py", ["--distill", "current"], [3, 4, 4])])
+def test_how_the_cost_of_an_update_grows(tmp_path, monkeypatch, name, arguments, units):
+    """In forward passes of one batch, a backward pass counted as two: 3, GR 6 + S, GD 7 + S, the same in every task."""
+    images, updates = [0], []
+
+    def count(model, x_t, t, forward=UNet.forward):
+        images[0] += len(x_t) * (3 if torch.is_grad_enabled() else 1)
+        return forward(model, x_t, t)
+
+    def step(optimizer, *more, step=torch.optim.Adam.step):
+        updates.append(images[0] / 4)
+        images[0] = 0
+        return step(optimizer, *more)
+    monkeypatch.setattr(UNet, "forward", count)
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    monkeypatch.setattr(run, "save_png", lambda path, picture: images.__setitem__(0, 0))  # it is drawn between tasks
+    {"train_gr.py": train_gr, "train_gd.py": train_gd}[name].main(
+        [*TINY, "--batch-size", "4", "--iterations", "1", "--out", str(tmp_path / "run"), *arguments])
+    assert updates == units
 
 
 def test_bf16_trains_like_fp32(tmp_path):
