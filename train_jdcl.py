@@ -150,8 +150,9 @@ def get_args(argv=None):
     tasks = args.tasks if args.class_order in ("random", "natural") else asked_tasks  # a stated order says how many
     args.class_tasks = data.class_tasks(len(info["classes"]), tasks, args.class_order, args.seed)
     args.tasks = len(args.class_tasks)
-    if len(args.local_iterations) > args.tasks or len(args.global_iterations) > max(1, args.tasks - 1):
-        parser.error(f"--local-iterations takes at most {args.tasks} values and --global-iterations one less")
+    for key, most in ("local_iterations", args.tasks), ("global_iterations", max(1, args.tasks - 1)):
+        if getattr(args, key) != usual[key] and len(getattr(args, key)) > most:
+            parser.error(f"--{key.replace('_', '-')} takes at most {most} values for {args.tasks} tasks")
     if args.batch_size < (8 if args.labels and not args.labelled_only else 2):
         parser.error("--batch-size must be 2 or more, and 8 with --labels, of which one in eight has a label")
 
@@ -376,6 +377,15 @@ def histograms(real, replayed):
         for name, x in (("real", real), ("replayed", replayed))}
 
 
+def earlier(path):
+    """What a task or stage before has left in the run folder, or a sentence on how to do without."""
+    try:
+        return run.load(path)
+    except run.InputError as error:
+        raise run.InputError(f"{error}; delete {path.parent}/checkpoint*.pt, and the same command does this task "
+                             "again, or if need be the one before") from error
+
+
 def picture(path, u8, columns):
     """Save images u8 (N, C, H, W) as one picture, each pixel twice as large."""
     grid = make_grid(u8, nrow=columns, padding=1).repeat_interleave(2, 1).repeat_interleave(2, 2)
@@ -490,7 +500,7 @@ def main(argv=None):
     for k in range(state["task"], args.tasks + 1):
         classes, learned = args.class_tasks[k - 1], sum(args.class_tasks[:k - 1], [])
         everything, n_local, n_global = learned + classes, *updates[k - 1]
-        previous = run.load(folder / f"task{k - 1}.pt") if k > 1 else None  # the global model of the task before
+        previous = earlier(folder / f"task{k - 1}.pt") if k > 1 else None  # the global model of the task before
         local = about = None  # the local model and the replay, of tasks that have them
         merging, first = k > 1 and replaying, 0 if args.one_stage else n_local  # is there a stage 2, and from where
         stage = state.get("stage", "replay" if merging and args.one_stage else "local")
@@ -522,8 +532,8 @@ def main(argv=None):
                 if not args.labels or args.labelled_only:
                     i = pool[torch.randint(len(pool), (args.batch_size,), device=device)]
                     return joint_losses(args, model, *views(images[i], 1, args.classifier_view), labels[i], abar)
-                # DEVIATION: with 5 % of CIFAR-10's labels the released batch is half as big; with few labels its EMA has
-                # a decay of 0.999 throughout.
+                # DEVIATION: with 5 % of CIFAR-10's labels the released batch is half as big; with few labels its EMA
+                # has a decay of 0.999 throughout.
                 few = args.batch_size // 8
                 i = labelled[torch.randint(len(labelled), (few,), device=device)]
                 j = pool[torch.randint(len(pool), (args.batch_size - few,), device=device)]
@@ -539,14 +549,14 @@ def main(argv=None):
                 run.save_checkpoint(folder, state)
 
         # Replay: the two models, or in one stage the old one, draw and label images of the classes they know.
-        # DEVIATION: the released code draws with EMA weights, but labels and distils with raw ones and dropout on, which
-        # --teacher raw does too.
+        # DEVIATION: the released code draws with EMA weights, but labels and distils with raw ones and dropout on, as
+        # --teacher raw does.
         if merging:
             weights = "raw" if args.teacher == "raw" else "model"
             old.load_state_dict(previous[weights])
             sources = {"old": (previous, old, learned)}
             if not args.one_stage:
-                local = run.load(folder / f"local{k}.pt")
+                local = earlier(folder / f"local{k}.pt")
                 new.load_state_dict(local[weights])
                 sources["new"] = local, new, classes
             for teacher in (old, new):
@@ -585,7 +595,7 @@ def main(argv=None):
             rows = nn.init.xavier_uniform_(torch.empty(model.head[-1].weight.shape))
             forget_unseen(model, rows, learned)
             forget_unseen(ema, rows, learned)
-            replayed = run.load(folder / f"replay{k}.pt")
+            replayed = earlier(folder / f"replay{k}.pt")
             x_r, y_r, about = replayed["images"].to(device), replayed["labels"].to(device), replayed["about"]
             of_old = {c: x_r[y_r == c] for c in learned}
             N_old, pool = sum(map(len, of_old.values())), torch.cat([usable[c] for c in classes]).to(device)

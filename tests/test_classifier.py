@@ -329,10 +329,11 @@ def test_passes_of_the_upper_target_are_over_all_tasks_so_far(tmp_path, monkeypa
     --replay all --seed one
     --replay all --device tpu
     --replay all --unknown""".strip().splitlines()])
-def test_bad_arguments(capfd, monkeypatch, tmp_path, arguments):
+def test_bad_arguments(capfd, monkeypatch, tmp_path, tally, arguments):
     monkeypatch.chdir(tmp_path)
     ends_with_a_sentence(capfd, arguments.split())
     assert not any(tmp_path.iterdir()), "no folder is made"
+    tally["bad commands refused"] += 1
 
 
 def test_bad_runs(capfd, monkeypatch, tmp_path, fake):

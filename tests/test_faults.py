@@ -244,6 +244,22 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(unbroken, tmp_path, ta
     tally["faults survived"] += 1
 
 
+@pytest.mark.parametrize("file", ["local2.pt", "replay2.pt"])
+def test_a_damaged_part_of_a_jdcl_run_is_named_with_its_cure(unbroken, tmp_path, tally, file):
+    whole, _ = unbroken("train_jdcl.py")
+    broken_off("train_jdcl.py", tmp_path / "run", 10)  # the second update of stage 2
+    (tmp_path / "run" / file).write_bytes(b"PK")
+    code, said = live("train_jdcl.py", tmp_path / "run")
+    assert code == 2 and f"{file} is damaged" in said and "checkpoint*.pt" in said and "Traceback" not in said
+    for path in (tmp_path / "run").glob("checkpoint*.pt"):
+        path.unlink()
+    code, said = live("train_jdcl.py", tmp_path / "run")
+    assert code == 0, said
+    assert_same_end(whole, tmp_path / "run")
+    tally["faults injected"] += 1
+    tally["faults survived"] += 1
+
+
 # ---------------------------------------------------------------------------------------- disk, numbers and memory
 
 class FullDisk:

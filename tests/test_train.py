@@ -450,7 +450,7 @@ train_gr.py --scale laptop --dataset shapes --out /proc/run""".strip().splitline
 
 
 @pytest.mark.parametrize("name, arguments", BAD)
-def test_bad_arguments_end_with_a_sentence_and_code_2(capfd, monkeypatch, tmp_path, name, arguments):
+def test_bad_arguments_end_with_a_sentence_and_code_2(capfd, monkeypatch, tmp_path, tally, name, arguments):
     """Through run.main in this process, as the script's last line does; a few more below by subprocess."""
     monkeypatch.chdir(tmp_path)
     module = {"train_gr.py": train_gr, "train_gd.py": train_gd}[name]
@@ -460,6 +460,7 @@ def test_bad_arguments_end_with_a_sentence_and_code_2(capfd, monkeypatch, tmp_pa
     assert leaving.value.code == 2, error
     assert "error:" in error and "Traceback" not in error
     assert not any(tmp_path.iterdir()), "no folder is made for a run that cannot start"
+    tally["bad commands refused"] += 1
 
 
 def test_bad_arguments_by_subprocess(script, tmp_path):
