@@ -1,9 +1,10 @@
-"""From runs to the paper's tables and figures, every number beside the paper's own.
+"""From runs to the papers' tables and figures, every number beside the paper's own.
 
     mean +- standard error = s / sqrt(n), s^2 = sum_i (v_i - mean)^2 / (n - 1), over n seeds
 
 Masip et al., "Continual Learning of Diffusion Models with Generative Distillation", arXiv 2311.14028, Tables 1, 2 and
-B.1 to B.5, Figures 2 to 6 and B.1 to B.22.
+B.1 to B.5, Figures 2 to 6 and B.1 to B.22; and, at second hand, Skiers and Deja, "Joint Diffusion Models in Continual
+Learning" (JDCL), arXiv 2411.08224.
 
     python report.py runs/                     tables to stdout and runs/report.md, figures to runs/figure*.png
     python report.py runs/ --save results/     besides, one small JSON per run, to be committed
@@ -40,6 +41,7 @@ from torchvision.utils import make_grid
 import run
 import train_classifier
 import train_gr
+import train_jdcl
 from data import DATASETS, quantize
 from ddim import alpha_bar, ddpm_sample, sample, seed
 from run import InputError
@@ -47,7 +49,8 @@ from unet import NETS, UNet
 
 # The values as the paper prints them, mean ± standard error (Table B.1: standard deviation), – where it has none. A
 # row begins with the name of its run, or two names, on Fashion-MNIST and on CIFAR-10. Where two tables differ in a
-# quantity (the joint classifier's accuracy on CIFAR-10 is 0.77 ± 0.03 and 0.77 ± 0.00), each keeps its own.
+# quantity (the joint classifier's accuracy on CIFAR-10 is 0.77 ± 0.03 and 0.77 ± 0.00), each keeps its own. Those of
+# JDCL are from a third party's notes; a row begins with the flags of its runs, besides a column's, or – if it has none.
 PAPER = """
 Table 1 | Strategy | fashion-mnist fid | fashion-mnist kld | cifar10 fid | cifar10 kld
 joint | Joint (upper target) | 15.5 ± 1.3 | 0.08 ± 0.02 | 31.9 ± 2.9 | 0.12 ± 0.02
@@ -109,6 +112,25 @@ gr-10 | Generative replay | 10 | – | 96.39 ± 5.25 | 0.74 ± 0.14 | 0.26 ± 0.
 gd-10 | Generative distillation | 10 | 0.75 | 42.34 ± 4.74 | 0.15 ± 0.01 | 0.31 ± 0.03
 gr-100 | Generative replay | 100 | – | 66.47 ± 7.39 | 0.43 ± 0.07 | 0.28 ± 0.02
 gd-100 | Generative distillation | 100 | 0.75 | 30.53 ± 1.29 | 0.27 ± 0.05 | 0.35 ± 0.03
+
+JDCL, average accuracy, % | Method | cifar10 --tasks 5 | cifar100 --tasks 5 | cifar100 --tasks 10 | \
+imagenet100 --tasks 5
+--replay all | Continual Joint | 86.41 | 73.07 | 64.15 | 50.59
+– | GUIDE | 64.47 | 41.66 | 26.13 | 39.07
+– | DGR with diffusion | 59.00 | 28.25 | 15.90 | 23.92
+– | GFR | 26.70 | 34.80 | 21.90 | 32.95
+| JDCL | 83.69 | 47.95 | 29.04 | 54.53
+
+JDCL, few labels, average accuracy, % | Method | cifar10 --labels 0.008 | cifar10 --labels 0.05 | \
+cifar100 --tasks 10 --labels 0.008 | cifar100 --tasks 10 --labels 0.05
+– | NNCSL (buffer 5120) | 73.7 | 79.3 | 27.5 | 46.0
+| JDCL | 78.93 | 79.96 | 22.19 | 26.39
+
+JDCL, ablation, average accuracy, % | Method | cifar10 --tasks 5
+| JDCL | 83.7
+--separate | Separate DDPM and ResNet18 | 68.4
+--no-kd | Without distillation | 48.2
+--one-stage | One stage | ?
 """
 INTRODUCTION = """# Results
 
@@ -122,6 +144,9 @@ method has to hold. Below the paper's tables are all metrics: of complete runs, 
 smaller than the paper's, have fewer updates than their preset, or are not finished, and compare with nothing above.
 frd is not FID, but the same distance of another network's features.
 
+The values of JDCL's paper, Skiers and Deja, arXiv 2411.08224, are second-hand: from a third party's notes of it, and
+unverified, except that a second source has 83.69 and 64.47; ? is not known, and no error or forgetting is.
+
 """
 METHODS = {  # in the order of tables and figures: what it is called, its colour
     "joint": ("Joint", "black"), "finetune": ("Finetune", "0.6"), "er": ("Experience replay", "tab:olive"),
@@ -129,11 +154,15 @@ METHODS = {  # in the order of tables and figures: what it is called, its colour
     "lwf": ("Distil. w/ current data", "tab:green"), "noise": ("Distil. w/ Gaussian noise", "tab:purple"),
     "classifier-joint": ("Joint (classifier)", None), "classifier-finetune": ("Finetune (classifier)", None),
 }
+JDCL = {"all": "Continual Joint", "none": "Finetune", "generated": "JDCL"}  # by --replay, in the order of its tables
 METRICS = {  # header and decimals; the paper's tables have their own decimals
     "fid": ("↓ FID", 1), "frd": ("↓ frd", 1), "kld": ("↓ KLD", 2), "share_old": ("↑ old classes, %", 1),
     "acc": ("↑ ACC", 2), "ms": ("↓ ms per update", 1), "parameters": ("parameters", 0), "seconds": ("seconds", 0),
+    "average_accuracy": ("↑ average accuracy, %", 2), "average_forgetting": ("↓ average forgetting, %", 2),
+    "ms_local": ("↓ ms, local", 1), "ms_global": ("↓ ms, global", 1), "unet": ("parameters", 0), "head": ("+ head", 0),
 }
-TITLES = {"fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
+TITLES = {"fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100",
+          "imagenet100": "ImageNet-100"}
 STRIPS = "joint finetune gr-2 gd-2 gr-10 gd-10 gr-100 gd-100 lwf noise"  # Figures B.3 to B.12; CIFAR-10 B.13 to B.22
 # Of an evaluation's protocol: what depends on seed and task, and what is said wherever it is another than here.
 VARIES = {"seed", "checkpoint", "reference", "n_real", "n_floor", "class_tasks", "generators", "dataset"}
@@ -175,22 +204,33 @@ def part(path, parse, notes):
 def parse_metrics(text):
     """Seconds, peak memory, and of each task the updates done, mean and deviation of ms over the last 1000 updates.
 
-    A record is the mean of up to 50 updates, and this the deviation of such means, smaller than that of updates.
+    A record is the mean of up to 50 updates, and this the deviation of such means, smaller than that of updates. A task
+    of JDCL has two stages, the run a curve, [[task, update, accuracy of task 1's images, of old ones, of replayed]].
     """
     lines, speed = text.splitlines(keepends=True), []
     records = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut the last one short
-    for task, some in itertools.groupby(records, key=lambda r: r["task"]):
+    for (task, stage), some in itertools.groupby(records, key=lambda r: (r["task"], r.get("stage"))):
         update, ms = np.array([(r["update"], r["ms_per_update"]) for r in some]).T
-        weights = np.diff(update, prepend=0) * (update > update[-1] - 1000)
+        begin = sum(s["updates"] for s in speed if s["task"] == task)
+        weights = np.diff(update, prepend=begin) * (update > update[-1] - 1000)
         mean = np.average(ms, weights=weights)
         sd = np.average((ms - mean) ** 2, weights=weights) ** 0.5
-        speed.append(dict(task=task, updates=int(update[-1]), mean=round(mean, 3), sd=round(sd, 3)))
-    return dict(seconds=records[-1]["seconds"] if records else None, ms_per_update=speed,
+        speed.append(dict(task=task, **{"stage": stage} if stage else {}, updates=int(update[-1] - begin),
+                          mean=round(mean, 3), sd=round(sd, 3)))
+    curve = [[r["task"], r["update"], *(v and round(v, 6) for v in (
+        r.get("accuracy_task1", r["accuracy"]), r.get("accuracy_old_real"), r.get("accuracy_old_replayed")))]
+        for r in records if "accuracy" in r and (r["task"] == 1 or "accuracy_task1" in r)]
+    return dict(seconds=records[-1]["seconds"] if records else None, ms_per_update=speed, curve=curve,
                 peak_memory_mb=max((r["peak_memory_mb"] for r in records), default=None))
 
 
 def preset_updates(c):
     """The updates of each task in the preset, for the classes of config `c`; None where there is no preset."""
+    if c["method"] == "jdcl":
+        usual, tasks = train_jdcl.PRESETS.get((c["scale"], c["dataset"])), len(c["class_tasks"])
+        two_stages = c["replay"] == "generated" and not c["one_stage"]
+        return usual and [a + b * two_stages for a, b in zip(
+            run.spread(usual["local_iterations"], tasks), [0, *run.spread(usual["global_iterations"], tasks - 1)])]
     script = train_classifier if c["method"].startswith("classifier") else train_gr
     usual, per_class = script.PRESETS.get((c["scale"], c["dataset"])), DATASETS[c["dataset"]].get("per_class")
     if c["method"] not in METHODS or not usual or not per_class:
@@ -229,7 +269,7 @@ def read_folder(folder, notes):
     alone = not (folder / "config.json").exists()
     classifier = part(folder / "classifier.json", json.loads, notes)
     c = classifier if alone else part(folder / "config.json", json.loads, notes)
-    records, speed = [], dict(seconds=None, ms_per_update=[], peak_memory_mb=None)
+    records, speed, more = [], dict(seconds=None, ms_per_update=[], peak_memory_mb=None), {}
     if c is None:
         return None
     if alone:
@@ -241,11 +281,14 @@ def read_folder(folder, notes):
     else:
         records = part(folder / "eval.json", json.loads, notes) or []
         speed = part(folder / "metrics.jsonl", parse_metrics, notes) or speed
-        evaluated = [r["task"] for r in records]
+        evaluated, curve = [r["task"] for r in records], speed.pop("curve", [])
+        if c["method"] == "jdcl":
+            more = dict(accuracy=part(folder / "accuracy.json", json.loads, notes), curve=curve)
+            evaluated += range(1, 1 + len(more["accuracy"]["matrix"] if more["accuracy"] is not None else []))
         done = next(k for k in itertools.count()
                     if k + 1 not in evaluated and not (folder / f"task{k + 1}.pt").exists())
         updates = sum(s["updates"] for s in speed["ms_per_update"]) or sum(c["updates"][:done])
-    if (c["method"] in ("joint", "finetune") or "-lam" in c["name"]) and "no classifier.json" in notes:
+    if (c["method"] in ("joint", "finetune", "jdcl") or "-lam" in c["name"]) and "no classifier.json" in notes:
         notes.remove("no classifier.json")  # no table asks for it
     if done < len(c["class_tasks"]):
         notes.append(f"{done} of {len(c['class_tasks'])} tasks are done")
@@ -253,7 +296,7 @@ def read_folder(folder, notes):
         command=re.sub(r"\S*/(train_\w+\.py)", r"\1", c["command"]), commit=commit(), device=device_name(c["device"]),
         torch=c["torch"], tasks_done=done, updates_done=updates, updates_preset=preset_updates(c), **speed,
         labeller=sorted({r["protocol"]["frd"]["sha256"] for r in records}), config=c, eval=records,
-        classifier=classifier)
+        classifier=classifier, **more)
 
 
 def read(path):
@@ -265,19 +308,24 @@ def read(path):
             return complain(path, f"left out, {notes[-1]}")
         c = record["config"]
         count = int(c.get("teacher_steps") or c.get("buffer_size") or 0)
-        base = f"{c['method']}-{count}" if count else c["method"]  # gd-2, er-100, joint: the name without departures
+        start = f"{c['method']}-{count}" if count else c["method"]
+        option = r"-(joint|finetune|no_kd|one_stage|separate|labels[\d.]+|labelled_only)(?=-|$)"
+        options = re.findall(option, c["name"]) if c["method"] == "jdcl" else []
         finished = record["tasks_done"] == len(c["class_tasks"])
         r = SimpleNamespace(
-            **record, record=record, folder=path if path.is_dir() else None, dataset=c["dataset"], name=c["name"],
-            method=c["method"], seed=int(c["seed"]), scale=c["scale"], tasks=len(c["class_tasks"]), count=count,
-            base=base, departure=re.sub(r"-lam[\d.]+", "", c["name"].removeprefix(base)),
-            order=[*METHODS, c["method"]].index(c["method"]),
-            name_in_paper=re.sub(r"-(bf16|tf32)$", "", c["name"]),  # another precision is not another row
+            **{"accuracy": None, "curve": []} | record, record=record, folder=path if path.is_dir() else None,
+            dataset=c["dataset"], name=c["name"], method=c["method"], seed=int(c["seed"]), scale=c["scale"],
+            tasks=len(c["class_tasks"]), count=count,
+            base="-".join([start, *options]),  # gd-2, er-100, joint, jdcl-no_kd: the name without departures
+            departure=re.sub(option if options else r"-lam[\d.]+", "", c["name"]).removeprefix(start),
+            order=[*METHODS, *JDCL, c["method"]].index(c["replay"] if c["method"] == "jdcl" else c["method"]),
+            name_in_paper=re.sub(r"-(bf16|tf32)(?=-|$)", "", c["name"]),  # another precision is not another row
             complete=c["scale"] == "paper" and finished and all(
                 u >= p for u, p in zip(c["updates"], record["updates_preset"] or [])))
         for metric in METRICS:  # whatever a table may ask for
             for v in [v for some in collect([r], metric)[0].values() for v in some.values()]:
                 mean_and_error(metric, [v])
+        first_task(r), logits(r), [statistics.fmean(row) for row in (r.accuracy or {"matrix": []})["matrix"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         r = None
         notes.append(f"left out, damaged ({type(error).__name__}: {error})")
@@ -316,11 +364,14 @@ def collect(runs, metric):
         rows = []
         if metric == "acc" and r.classifier:
             rows = [(r.classifier["protocol"], k, v) for k, v in enumerate(r.classifier["accuracy"], 1)]
-        elif metric == "ms":
-            rows = [({"device": r.device}, s["task"], (s["mean"], s["sd"])) for s in r.ms_per_update]
+        elif metric[:2] == "ms":
+            rows = [({"device": r.device}, s["task"], (s["mean"], s["sd"]) if metric == "ms" else s["mean"])
+                    for s in r.ms_per_update if s.get("stage", "") == metric[3:]]
+        elif metric in ("average_accuracy", "average_forgetting", "unet", "head"):
+            rows = [({}, r.tasks_done, (r.accuracy | r.accuracy["parameters"])[metric])] if r.accuracy else []
         elif metric == "seconds":
             rows = [({"device": r.device}, r.tasks_done, r.seconds)]
-        elif metric == "parameters" and r.config.get("unet") in NETS:
+        elif metric == "parameters" and r.method != "jdcl" and r.config.get("unet") in NETS:
             held = 1 if r.method in ("joint", "finetune", "er") else 2  # the previous model replays or distils
             rows = [({}, r.tasks_done, held * parameters(r.config["unet"]))]
         elif metric in ("fid", "frd", "kld", "share_old"):
@@ -367,9 +418,9 @@ def cells(runs, metric, digits, footnotes, usual=None):
         unusual = [k for k in REMARKED if p.get(k, REMARKED[k]) != REMARKED[k]] + ["device"] * (metric == "ms")
         said = [k.partition(".")[0] + " " + str(p[k]).strip("[]")[:40 if k == "device" else 12].rstrip(", ")
                 for k in dict.fromkeys(apart + departs + unusual)]
-        mean, error = (100 * x if metric == "share_old" else x for x in mean_and_error(metric, v))
+        mean, error = (100 * x if "%" in METRICS[metric][0] else x for x in mean_and_error(metric, v))
         error = f" ± {error:.{digits}f}" * (len(v) > 1 or metric == "ms") + f" ({len(v)})"
-        text = f"{mean:,.{digits}f}" + error * (metric != "parameters")
+        text = f"{mean:,.{digits}f}" + error * (metric not in ("parameters", "unet", "head"))
         texts.append((", ".join([text, *said]), None if departs else mean))
     if reasons and not texts:
         return [(f"–[^{footnotes.setdefault(reasons[0], len(footnotes) + 1)}]", None)]
@@ -389,16 +440,24 @@ def markdown(title, head, rows):
 
 
 def paper_rows():
-    """PAPER in pieces: table, header, (dataset, metric) of last columns, [({dataset: name of the run}, cells)]."""
+    """PAPER in pieces: table, header, (dataset, metric) of last columns, [({dataset: name of the run}, cells)].
+
+    JDCL has flags in the place of a run's name, and of a dataset's: {"cifar100 --tasks 10": "--no-kd"}.
+    """
     for block in PAPER.strip().split("\n\n"):
         (title, *head), *rows = ([text.strip() for text in line.split("|")] for line in block.splitlines())
         asked = [text.split() for text in head if text.split()[-1] in METRICS]
+        if jdcl := title[:4] == "JDCL":
+            asked = [(text, "average_accuracy") for text in head[1:]]
         datasets = list(dict.fromkeys(dataset for dataset, _ in asked))
-        yield title, head, asked, [(dict(zip(datasets, row[0].split() * 2)), row[1:]) for row in rows]
+        yield title, head, asked, [
+            (dict(zip(datasets, row[:1] * 4 if jdcl else row[0].split() * 2)), row[1:]) for row in rows]
 
 
 def command(name, dataset):
-    """The command that makes the run of this name at the paper's scale, for seed 42."""
+    """The command that makes the run of this name, or with these flags of JDCL, at the paper's scale, for seed 42."""
+    if name[:1] in ("", "-", "–"):
+        return f"python train_jdcl.py --dataset {dataset} {name}".strip()
     method, _, count = name.partition("-")
     flags = {"joint": "gr.py --replay all", "finetune": "gr.py --replay none", "gr": "gr.py", "gd": "gd.py",
              "er": f"gr.py --replay buffer --buffer-size {count}", "lwf": "gd.py --distill current",
@@ -410,44 +469,55 @@ def command(name, dataset):
 
 
 def paper_tables(runs, footnotes):
-    """The paper's tables, with the values of the runs, which are complete ones, and the differences below its own."""
+    """The papers' tables, with the values of the runs, which are complete ones, and the differences below their own."""
     for title, head, asked, rows in paper_rows():
-        above, table = len(head) - len(asked), []
+        above, table, jdcl = len(head) - len(asked), [], title[:4] == "JDCL"
         for names, texts in rows:
             columns = []
             for (dataset, metric), printed in zip(asked, texts[above:]):
-                some = [r for r in runs if (r.dataset, r.name_in_paper) == (dataset, names[dataset])]
-                usual = {"n": 10000, "steps": train_gr.PRESETS["paper", dataset]["sample_steps"], "fid.name": "tf1"}
+                name, usual = names[dataset], {}
+                if jdcl and name != "–":
+                    name = train_jdcl.get_args(command(name, dataset).split()[2:]).name
+                some = [r for r in runs if (r.dataset, r.name_in_paper) == (dataset.split()[0], name)]
+                if not jdcl:
+                    usual = {"n": 10000, "steps": train_gr.PRESETS["paper", dataset]["sample_steps"], "fid.name": "tf1"}
                 if metric == "acc" and some:
                     usual["updates"] = preset_updates(dict(some[0].config, method="classifier-joint"))
                 number = printed.split(" ")[0].replace(",", "")
-                digits = len(number.partition(".")[2])
+                digits = len(number.partition(".")[2]) or METRICS[metric][1]
                 columns.append([printed])
-                for text, mean in cells(some, metric, digits, footnotes, usual) if printed != "–" else ():
-                    columns[-1] += [text, "" if mean is None else f"{mean - float(number):+,.{digits}f}"]
-            kinds = ["paper"] + ["ours", "difference"] * max(map(len, columns))
+                for text, mean in cells(some, metric, digits, footnotes, usual) if "–" not in (printed, name) else ():
+                    unknown = mean is None or number == "?"
+                    columns[-1] += [text, "" if unknown else f"{mean - float(number):+,.{digits}f}"]
+            kinds = ["paper" + ", second-hand" * jdcl] + ["ours", "difference"] * max(map(len, columns))
             lines = zip(*(line for line in itertools.zip_longest(kinds, *columns, fillvalue="") if any(line[1:])))
             (dataset, name), *more = names.items()
-            typed = f"`{command(name, dataset)}{' [--dataset cifar10]' * len(more)}`"
-            table.append([*([text] for text in texts[:above]), *lines, [typed]])
-        heads = [f"{TITLES[dataset]} {METRICS[metric][0]}" for dataset, metric in asked]
+            typed = f"`{command(name, dataset)}{''.join(f' [--dataset {other}]' for other, _ in more)}`"
+            table.append([*([text] for text in texts[:above]), *lines, [typed if name != "–" else name]])
+        heads = [TITLES[dataset.split()[0]] + dataset[len(dataset.split()[0]):] + f" {METRICS[metric][0]}" * (not jdcl)
+                 for dataset, metric in asked]
+        title += ": the paper's values are second-hand and unverified" * jdcl
         yield markdown(title, [*head[:above], "", *heads, "command"], table)
 
 
 def other_tables(runs, footnotes):
-    """All metrics of complete, and of shortened runs, a table for each dataset, scale, size and number of tasks."""
+    """All metrics of complete, and of shortened runs, a table for each dataset, scale, size and number of tasks.
+
+    JDCL's runs have tables of their own, and below each the accuracies a[k, j] after task k on the images of task j.
+    """
     def section(r):
         return ("Complete" if r.complete else "Shortened", TITLES.get(r.dataset, r.dataset), f"{r.scale} scale",
-                "{0}x{0}".format(r.config["image_size"]), f"{r.tasks} tasks")
+                "{0}x{0}".format(r.config["image_size"]), f"{r.tasks} tasks", *["JDCL"] * (r.method == "jdcl"))
 
     def row(r):
         return r.order, r.count, r.name, r.tasks_done
 
-    metrics = ["fid", "frd", "kld", "share_old", "acc", "seconds"]
-    head = ["Strategy", "name", "tasks", *(METRICS[m][0] for m in metrics), "updates of the preset's", "command"]
     runs = sorted(runs, key=lambda r: (section(r), row(r)))
     for (kind, *what), some in itertools.groupby(runs, key=section):
-        table = []
+        table, matrices, jdcl = [], [], what[-1] == "JDCL"
+        metrics = ["fid", "frd", "kld", "share_old", "acc", "seconds"] if not jdcl else [
+            "average_accuracy", "average_forgetting", "fid", "frd", "ms_local", "ms_global", "unet", "head", "seconds"]
+        head = ["Strategy", "name", "tasks", *(METRICS[m][0] for m in metrics), "updates of the preset's", "command"]
         for _, same in itertools.groupby(some, key=row):
             same = list(same)
             r, done = same[0], sorted({r.updates_done for r in same})
@@ -455,9 +525,17 @@ def other_tables(runs, footnotes):
             updates += f" of {sum(r.updates_preset):,}" if r.updates_preset else ""
             columns = [[text for text, _ in cells(same, m, METRICS[m][1], footnotes)] for m in metrics]
             typed = re.sub(r" --seed[= ]\S+", "", r.command)
-            table.append([[METHODS.get(r.method, [r.method])[0]], [f"`{r.name}`"], [f"{r.tasks_done} of {r.tasks}"],
-                          *columns, [updates], [f"`{typed}`"]])
+            strategy = METHODS.get(r.method, [JDCL[r.config["replay"]] if jdcl else r.method])[0]
+            table.append([[strategy], [f"`{r.name}`"], [f"{r.tasks_done} of {r.tasks}"], *columns, [updates],
+                          [f"`{typed}`"]])
+            if there := [x.accuracy["matrix"] for x in same if x.accuracy]:
+                a = [[f"{100 * value:.2f}" for value in np.mean(rows, 0)] for rows in zip(*there)]
+                matrices.append([[f"`{r.name}` ({len(there)})"], [f"after task {k}" for k in range(1, len(a) + 1)],
+                                 *([""] * min(j, len(a)) + [line[j] for line in a[j:]] for j in range(r.tasks))])
         yield markdown(f"{kind}: {', '.join(what)}", head, table)
+        if matrices:
+            head = ["name", "", *(f"task {j}" for j in range(1, r.tasks + 1))]
+            yield markdown(f"{kind}: {', '.join(what)}, ↑ accuracy of each task's images, %, mean (n)", head, matrices)
 
 
 def report(runs):
@@ -637,20 +715,65 @@ def picture_figures(by_name, usual, device):
             yield figure, f"seed {chosen}, {subtitle}", list(images), columns, list(images.values())
 
 
+def logits(r):
+    """[(real or replayed, shares, edges, "mean ± sd")] of the largest logits after the last task, if it replayed."""
+    about = ((r.accuracy["tasks"][-1]["replay"] if r.accuracy else None) or {"logits": {}})["logits"]
+    return [(kind, np.divide(of["counts"], sum(of["counts"])), about["edges"], f"{of['mean']:.1f} ± {of['sd']:.1f}")
+            for kind, of in about.items() if kind != "edges"]
+
+
+def first_task(r):
+    """{updates since the run began: accuracy of the first task's images}."""
+    begin = [0, *itertools.accumulate(r.config["updates"])]
+    found = {begin[k - 1] + u: accuracy for k, u, accuracy, *_ in r.curve}
+    return found | {begin[k]: row[0] for k, row in enumerate(r.accuracy["matrix"] if r.accuracy else [], 1)}
+
+
+def jdcl_figures(by_name):
+    """(figure, drawing): logits of real and of replayed images, of one seed; accuracy of the first task's images."""
+    shown = {name: r for name in ("jdcl", "jdcl-separate") for r in by_name.get(name, [])[::-1] if logits(r)}
+    figure = Figure(figsize=(3.8 * max(1, len(shown)), 3.4), layout="constrained")
+    for i, (name, r) in enumerate(shown.items(), 1):
+        axes = figure.add_subplot(1, len(shown), i)
+        for kind, shares, edges, about in logits(r):
+            axes.stairs(shares, edges, fill=True, alpha=0.5, label=f"{kind}, {about}")
+        axes.set(xlabel="largest logit", ylabel="share of the images")
+        axes.set_title(f"{name}, task {r.accuracy['tasks'][-1]['task']}, seed {r.seed}", size=10)
+        axes.legend(frameon=False, fontsize=8)
+    yield from [("jdcl-figure4", figure)] * bool(shown)
+
+    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    axes = figure.add_subplot(xlabel="updates", ylabel="accuracy of task 1's images, %", ylim=(0, 101))
+    for name, runs in by_name.items():
+        found = [first_task(r) for r in runs]
+        if x := sorted(set().union(*found)):
+            mean, error = 100 * np.array([mean_and_error("", [f[u] for f in found if u in f]) for u in x]).T
+            line, = axes.plot(x, mean, label=f"{name} ({len(found)})")
+            axes.fill_between(x, mean - error, mean + error, alpha=0.25, color=line.get_color())
+    figure.legend(loc="outside right center", frameon=False, fontsize=9)
+    yield from [("jdcl-figure5", figure)] * bool(axes.lines)
+
+
 def figures(runs, out, device):
     """Draw all figures whose runs are there, for each dataset and departure from its presets; return their names."""
     def kind(r):
-        return r.dataset, r.departure, r.scale
+        return r.dataset, r.departure, r.scale, r.method == "jdcl"
 
     made = []
-    runs = [r for r in runs if "unet" in r.config and r.method in METHODS and r.updates_preset]
-    for (dataset, departure, scale), some in itertools.groupby(sorted(runs, key=kind), key=kind):
+    runs = [r for r in runs if "unet" in r.config and r.method in ("jdcl", *METHODS) and r.updates_preset]
+    for (dataset, departure, scale, jdcl), some in itertools.groupby(sorted(runs, key=kind), key=kind):
         by_name, swept = {}, []
         for r in some:
             (swept if "-lam" in r.name else by_name.setdefault(r.base, [])).append(r)
+        title = TITLES.get(dataset, dataset) + f" ({departure[1:]})" * bool(departure)
+        for figure, drawing in jdcl_figures(by_name) if jdcl else ():
+            made.append(f"{figure}-{dataset}{departure}.png")
+            drawing.suptitle(textwrap.fill(title, 45), size=11, weight="bold")
+            save_figure(out / made[-1], drawing)
+        if jdcl:
+            continue
         n = train_gr.PRESETS[scale, dataset]["teacher_steps"]
         usual = ["joint", "finetune", f"gr-{n}", f"gd-{n}"]
-        title = TITLES.get(dataset, dataset) + f" ({departure[1:]})" * bool(departure)
         for figure, panels in curve_figures(by_name, swept, usual):
             made.append(f"{figure}-{dataset}{departure}.png")
             plot(out / made[-1], title, panels)

@@ -17,9 +17,10 @@ import report
 import train_classifier
 import train_gd
 import train_gr
+import train_jdcl
 from data import quantize
 from ddim import alpha_bar, sample, seed
-from run import InputError
+from run import InputError, spread
 from unet import NETS, UNet
 
 SEEDS = (42, 69, 1714)
@@ -85,6 +86,46 @@ def make_target(root, replay, acc, seed=42, dataset="fashion-mnist"):
     (folder / "classifier.json").write_text(json.dumps(classifier(args, acc)))
 
 
+def make_jdcl(root, argv="", seed=42, final=0.8, done=None, ms=(100, 200)):
+    """The folder of a run of train_jdcl.py. Each task's images are right at 0.9 until after the last task: at `final`,
+    but those of the first at 0.01 more, of the second at 0.01 less."""
+    args = train_jdcl.get_args([*argv.split(), "--seed", str(seed)])
+    K, one = args.tasks, args.replay != "generated" or args.one_stage
+    stages = [(["global"] if k and args.one_stage else ["local"]) + ["global"] * (k > 0 and not one) for k in range(K)]
+    sizes = dict(local=spread(args.local_iterations, K), **{"global": [0, *spread(args.global_iterations, K - 1)]})
+    size = [[sizes["local" if one else stage][k] for stage in stages[k]] for k in range(K)]
+    command = " ".join(["python", "/home/me/train_jdcl.py", *argv.split(), "--seed", str(seed)])
+    config = dict(vars(args), updates=[sum(n) for n in size], command=command, torch="2.15.0", device="cpu")
+    folder = root / args.dataset / args.name / f"seed{seed}"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    correct, tasks, lines = [], [], []
+    for k in range(done or K):
+        last = [round(1000 * final) + {0: 10, 1: -10}.get(j, 0) for j in range(K)]
+        correct.append(last if k == K - 1 else [900] * (k + 1))
+        shown = dict(edges=[0.5 * i for i in range(41)], real=dict(counts=[2] * 40, mean=10.0, sd=1.0),
+                     replayed=dict(counts=[0] * 39 + [4], mean=19.75, sd=0.0))
+        replay = dict(old=dict(drawn=64, found=[32, 32], copies=[0, 0]), logits=shown)
+        tasks.append(dict(task=k + 1, correct=correct[-1], total=[1000] * (k + 1), by_class={"0": 0.5}, local=None,
+                          replay=replay if "global" in stages[k] else None))
+        before = 0
+        for stage, n in zip(stages[k], size[k]):
+            half, speed = min(500, n // 2), ms[stage == "global"]
+            for u, v in [(n - 2 * half, 7), (n - half, speed - 5), (n, speed + 5)][n == 2 * half:]:
+                line = dict(task=k + 1, update=before + u, loss=1.0, denoise=1.0, ms_per_update=v, peak_memory_mb=800,
+                            seconds=100.0 * len(lines), stage=stage, accuracy=0.7)
+                if stage == "global":
+                    line |= dict(accuracy_by_class={"0": 0.5}, accuracy_task1=0.6, accuracy_old_real=0.5,
+                                 accuracy_old_replayed=0.4)
+                lines.append(line)
+            before += n
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = train_classifier.summary(correct, tasks[-1]["total"])
+    found |= dict(tasks=tasks, parameters=dict(unet=1234567, head=89012))
+    (folder / "accuracy.json").write_text(json.dumps(found))
+    return folder
+
+
 def column(text, title, strategy, header, *above):
     """The cells under `header` of all lines of a strategy's row (given what else its first line begins with)."""
     block = text.split(f"## {title}\n\n")[1].split("\n\n")[0]
@@ -120,14 +161,15 @@ def test_the_papers_values_are_those_of_the_paper():
     assert column(text, "Table B.4", "Distil. w/ Gaussian noise", FM_FID, "–", "8")[0] == "38.87 ± 2.23"
     assert column(text, "Table B.5", "Joint (classifier)", C10_ACC)[0] == "0.77 ± 0.00"
     assert column(text, "Table B.5", GD, C10_KLD, "100", "0.75")[0] == "0.27 ± 0.05"
-    assert text.count("ours") - report.INTRODUCTION.count("ours") == 4 + 4 + 3 + 6 + 6 + 12 + 12  # one line a row
+    rows = 4 + 4 + 3 + 6 + 6 + 12 + 12 + 2 + 1 + 4  # one line a row; JDCL's last
+    assert text.count("ours") - report.INTRODUCTION.count("ours") == rows
     assert "difference" not in text.replace(report.INTRODUCTION, "")
 
 
 def test_the_commands_make_the_runs_of_their_rows():
     seen = set()
-    for _, _, _, rows in report.paper_rows():
-        for names, _ in rows:
+    for title, _, _, rows in report.paper_rows():
+        for names, _ in rows if "JDCL" not in title else ():
             for dataset, name in names.items():
                 _, script, *argv = report.command(name, dataset).split()
                 module = {m.__name__ + ".py": m for m in (train_gr, train_gd, train_classifier)}[script]
@@ -139,10 +181,11 @@ def test_the_commands_make_the_runs_of_their_rows():
 
 def test_the_commands_of_the_results_readme_are_valid():
     text = (Path(report.__file__).parent / "results" / "README.md").read_text()
-    for name, value in dict(dataset="fashion-mnist", seed="42", steps="2", images="100", **{"lambda": "0.5"}).items():
+    for name, value in dict(dataset="fashion-mnist", seed="42", steps="2", images="100", labels="0.05", tasks="5",
+                            replay="all", flag="--no-kd", **{"lambda": "0.5"}).items():
         text = text.replace(f"${name}", value)
     found = re.findall(r"python (\w+)\.py ([^#`\n]*)", text.replace("RUN", "runs/x"))
-    modules = {m.__name__: m for m in (train_gr, train_gd, train_classifier, eval_fid, report)}
+    modules = {m.__name__: m for m in (train_gr, train_gd, train_jdcl, train_classifier, eval_fid, report)}
     for script, argv in found:
         if "${config" not in argv:
             modules[script].get_args(argv.split())
@@ -275,7 +318,7 @@ def test_csv_has_a_row_per_run_task_and_metric(tmp_path):
     report.main([str(tmp_path), "--no-figures", "--csv", str(tmp_path / "all.csv")])
     rows = list(csv.DictReader((tmp_path / "all.csv").open()))
     assert [r["value"] for r in rows if r["metric"] == "fid"] == ["5.0", "5.0", "20.0"]
-    assert {r["metric"] for r in rows} == set(report.METRICS) - {"acc"}
+    assert {r["metric"] for r in rows} == set("fid frd kld share_old ms parameters seconds".split())
     assert {(r["name"], r["seed"], r["complete"]) for r in rows} == {("gd-2-laptop", "42", "False")}
     assert json.loads(next(r for r in rows if r["metric"] == "kld")["protocol"])["labeller.sha256"] == HASH
 
@@ -412,3 +455,245 @@ def test_all_figures_of_a_tree_with_weights(tmp_path, capsys):
     height, width, _ = expected.shape
     bottom, right = picture.shape[0] - 16 - (height + 16), picture.shape[1] - 16
     assert (picture[bottom - height:bottom, right - width:right] == expected).all()
+
+
+# --------------------------------------------------------------------------------------------------------- JDCL
+
+MAIN, FEW, ABLATION = (f"JDCL{about}, average accuracy, %: the paper's values are second-hand and unverified"
+                       for about in ("", ", few labels", ", ablation"))
+C10, C100, C100_10, I100 = "CIFAR-10 --tasks 5", "CIFAR-100 --tasks 5", "CIFAR-100 --tasks 10", "ImageNet-100 --tasks 5"
+ACCURACY, FORGETTING = "↑ average accuracy, %", "↓ average forgetting, %"
+COMPLETE = "Complete: CIFAR-10, paper scale, 32x32, 5 tasks, JDCL"
+LAPTOP = "Shortened: Fashion-MNIST, laptop scale, 16x16, 5 tasks, JDCL"
+EACH = ", ↑ accuracy of each task's images, %, mean (n)"
+ON_LAPTOP = "--dataset fashion-mnist --scale laptop"
+
+
+def test_jdcl_values_are_those_that_are_known():
+    """A second copy, and that the tables themselves say where the values are from."""
+    text = report.report([])
+    main = {"Continual Joint": "86.41 73.07 64.15 50.59", "GUIDE": "64.47 41.66 26.13 39.07",
+            "DGR with diffusion": "59.00 28.25 15.90 23.92", "GFR": "26.70 34.80 21.90 32.95",
+            "JDCL": "83.69 47.95 29.04 54.53"}
+    for method, values in main.items():
+        lines = [column(text, MAIN, method, head) for head in (C10, C100, C100_10, I100)]
+        assert [line[0] for line in lines] == values.split()
+        assert {tuple(line[1:]) for line in lines} == {("–",) if method in ("Continual Joint", "JDCL") else ()}
+        assert column(text, MAIN, method, "")[0] == "paper, second-hand"
+    heads = [f"{dataset} --labels {n}" for dataset in ("CIFAR-10", "CIFAR-100 --tasks 10") for n in (0.008, 0.05)]
+    assert sum([column(text, FEW, "NNCSL (buffer 5120)", head) for head in heads], []) == "73.7 79.3 27.5 46.0".split()
+    assert [column(text, FEW, "JDCL", head)[0] for head in heads] == "78.93 79.96 22.19 26.39".split()
+    ablation = {"JDCL": "83.7", "Separate DDPM and ResNet18": "68.4", "Without distillation": "48.2", "One stage": "?"}
+    assert {method: column(text, ABLATION, method, C10)[0] for method in ablation} == ablation
+
+
+def test_jdcl_commands_make_the_runs_of_their_rows():
+    seen = {}
+    for title, _, _, rows in report.paper_rows():
+        for names, texts in rows if "JDCL" in title else ():
+            for dataset, flags in names.items() if "–" not in names.values() else ():
+                _, script, *argv = report.command(flags, dataset).split()
+                args = train_jdcl.get_args(argv)
+                what = [args.replay, args.labels, *(k for k in ("no_kd", "one_stage", "separate") if getattr(args, k))]
+                seen.setdefault((title, texts[0]), []).append((args.dataset, args.tasks, *what))
+                assert script == "train_jdcl.py" and args.scale == "paper"
+    columns = [("cifar10", 5), ("cifar100", 5), ("cifar100", 10), ("imagenet100", 5)]
+    main, few, ablation = (title.partition(":")[0] for title in (MAIN, FEW, ABLATION))
+    of_ablation = {"JDCL": (), "Separate DDPM and ResNet18": ("separate",), "Without distillation": ("no_kd",),
+                   "One stage": ("one_stage",)}
+    assert seen == {
+        (main, "Continual Joint"): [(*c, "all", None) for c in columns],
+        (main, "JDCL"): [(*c, "generated", None) for c in columns],
+        (few, "JDCL"): [(*c, "generated", n) for c in (("cifar10", 5), ("cifar100", 10)) for n in (0.008, 0.05)],
+        **{(ablation, m): [("cifar10", 5, "generated", None, *more)] for m, more in of_ablation.items()}}
+
+
+def test_jdcl_mean_standard_error_and_difference(tmp_path):
+    for s, final, ms in zip(SEEDS, (0.82, 0.84, 0.89), (100, 110, 120)):
+        make_jdcl(tmp_path, "", s, final, ms=(ms, 200))
+    make_jdcl(tmp_path, "--one-stage", final=0.3)
+    make_jdcl(tmp_path, "--labels 0.05", final=0.8)
+    make_jdcl(tmp_path, "--dataset cifar100 --tasks 10", final=0.3)
+    make_jdcl(tmp_path, "--replay all", final=0.85)
+    make_jdcl(tmp_path, "--no-kd --precision bf16", final=0.5)
+    text = text_of(tmp_path)
+    # deviations -3, -1 and 4 of 85: s = sqrt(26 / 2), divided by sqrt(3)
+    assert column(text, MAIN, "JDCL", C10) == ["83.69", "85.00 ± 2.08 (3)", "+1.31"]
+    assert column(text, MAIN, "JDCL", "") == ["paper, second-hand", "ours", "difference"]
+    assert column(text, MAIN, "JDCL", C100) == ["47.95", "–", ""]
+    assert column(text, MAIN, "JDCL", C100_10) == ["29.04", "30.00 (1)", "+0.96"]
+    assert column(text, MAIN, "Continual Joint", C10) == ["86.41", "85.00 (1)", "-1.41"]
+    assert column(text, ABLATION, "JDCL", C10) == ["83.7", "85.0 ± 2.1 (3)", "+1.3"]
+    assert column(text, ABLATION, "One stage", C10) == ["?", "30.00 (1)"]
+    assert column(text, ABLATION, "Without distillation", C10) == ["48.2", "50.0 (1), precision bf16", "+1.8"]
+    assert column(text, ABLATION, "Separate DDPM and ResNet18", C10) == ["68.4", "–"]
+    assert column(text, FEW, "JDCL", "CIFAR-10 --labels 0.05") == ["79.96", "80.00 (1)", "+0.04"]
+    assert column(text, FEW, "JDCL", "CIFAR-10 --labels 0.008") == ["78.93", "–", ""]
+
+    row = {head: column(text, COMPLETE, "JDCL", head, "`jdcl`") for head in (
+        ACCURACY, FORGETTING, "↓ ms, local", "↓ ms, global", "parameters", "+ head", "seconds", UPDATES, "↓ FID")}
+    # forgotten of tasks 1 to 4: 0.9 less final, 0.01 less of the first and more of the second: 8, 6 and 1 %
+    assert row == {ACCURACY: ["85.00 ± 2.08 (3)"], FORGETTING: ["5.00 ± 2.08 (3)"], "↓ ms, local": ["110.0 ± 5.8 (3)"],
+                   "↓ ms, global": ["200.0 ± 0.0 (3)"], "parameters": ["1,234,567"], "+ head": ["89,012"],
+                   "seconds": ["2,600 ± 0 (3)"], UPDATES: ["370,000 of 370,000"], "↓ FID": ["–"]}
+    assert column(text, COMPLETE, "JDCL", "↓ ms, local", "`jdcl-labels0.05`") == ["100.0 (1)"]
+    assert column(text, COMPLETE, "Continual Joint", UPDATES) == ["250,000 of 250,000"]
+    assert "Shortened" not in text.replace(report.INTRODUCTION, "")
+
+
+def test_jdcl_accuracies_of_each_task(tmp_path):
+    make_jdcl(tmp_path, ON_LAPTOP, 42, 0.7)
+    make_jdcl(tmp_path, ON_LAPTOP, 69, 0.6)
+    make_jdcl(tmp_path, ON_LAPTOP + " --replay none", 42, 0.5, done=2)
+    text = text_of(tmp_path)
+    after = [column(text, LAPTOP + EACH, "`jdcl-laptop` (2)", f"task {j}") for j in (1, 2, 3, 4, 5)]
+    assert after == [["90.00"] * 4 + ["66.00"], ["", *["90.00"] * 3, "64.00"], ["", "", "90.00", "90.00", "65.00"],
+                     ["", "", "", "90.00", "65.00"], ["", "", "", "", "65.00"]]
+    assert column(text, LAPTOP + EACH, "`jdcl-finetune-laptop` (1)", "") == ["after task 1", "after task 2"]
+    assert column(text, LAPTOP + EACH, "`jdcl-finetune-laptop` (1)", "task 2") == ["", "90.00"]
+
+
+def test_jdcl_shortened_runs_stand_apart(tmp_path):
+    make_jdcl(tmp_path, "", 42, 0.8)
+    make_jdcl(tmp_path, "", 69, 0.7, done=3)
+    file = make_jdcl(tmp_path, "", 1714, 0.6) / "config.json"  # an update fewer under the preset's name
+    file.write_text(file.read_text().replace("80000]", "79999]"))
+    make_jdcl(tmp_path, "--global-iterations 100", 42, 0.5)
+    make_jdcl(tmp_path, "--global-iterations 40000", 42, 0.5)  # complete, but no row of the paper
+    make_jdcl(tmp_path, ON_LAPTOP, 42, 0.4)
+    text = text_of(tmp_path)
+    assert column(text, MAIN, "JDCL", C10) == ["83.69", "80.00 (1)", "-3.69"]
+    assert column(text, COMPLETE, "JDCL", ACCURACY, "`jdcl`", "5 of 5") == ["80.00 (1)"]
+    assert column(text, COMPLETE, "JDCL", ACCURACY, "`jdcl-global_iterations40000`") == ["50.00 (1)"]
+    shortened = COMPLETE.replace("Complete", "Shortened")
+    assert column(text, shortened, "JDCL", ACCURACY, "`jdcl`", "3 of 5") == ["90.00 (1)"]
+    assert column(text, shortened, "JDCL", FORGETTING, "`jdcl`", "3 of 5") == ["0.00 (1)"]
+    assert column(text, shortened, "JDCL", UPDATES, "`jdcl`", "3 of 5") == ["210,000 of 370,000"]
+    assert column(text, shortened, "JDCL", ACCURACY, "`jdcl`", "5 of 5") == ["60.00 (1)"]
+    assert column(text, shortened, "JDCL", UPDATES, "`jdcl-global_iterations100`") == ["250,400 of 370,000"]
+    assert column(text, LAPTOP, "JDCL", UPDATES) == ["3,600 of 3,600"]
+    assert column(text, LAPTOP, "JDCL", "command") == [f"`python train_jdcl.py {ON_LAPTOP}`"]
+
+
+def test_jdcl_runs_and_the_others_leave_each_other_alone(tmp_path, capsys):
+    """With JDCL's runs beside them, even with their networks, all tables and figures of the others are as before."""
+    runs, more = tmp_path / "runs", tmp_path / "more"
+    for argv in ("gr --replay all", "gr --replay none", "gr", "gd"):
+        make(runs, f"{argv} --scale laptop", fid=20)
+    make(runs, "gd", fid=21)
+    config = json.loads(make(runs, "gr", fid=22).joinpath("config.json").read_text())
+    for k in range(1, 6):
+        folder = make_jdcl(more, f"{ON_LAPTOP} --labels 0.{k}")
+        torch.save({"model": {"head.0.weight": torch.zeros(1)}, "config": config}, folder / f"task{k}.pt")
+    make_jdcl(more, "--dataset fashion-mnist")
+    report.main([str(runs), "--no-figures"])
+    before = capsys.readouterr().out
+    report.main([str(runs), str(more), "--csv", str(tmp_path / "all.csv")])
+    after, err = capsys.readouterr()
+    kept = [block for block in after.split("## ") if "JDCL" not in block.splitlines()[0]]
+    assert "## ".join(kept).strip() == "## ".join(
+        block for block in before.split("## ") if "JDCL" not in block.splitlines()[0]).strip()
+    assert "left out of the pictures" not in err
+    names = {p.name for p in runs.glob("*.png")}
+    assert {n for n in names if "jdcl" in n} == {
+        f"jdcl-figure{i}-fashion-mnist{scale}.png" for i, scale in ((4, ""), (5, ""), (5, "-laptop"))}
+    assert {n for n in names if "jdcl" not in n} == {
+        f"{figure}-fashion-mnist{scale}.png" for figure in ("figure4", "time") for scale in ("", "-laptop")}
+    metrics = {r["metric"] for r in csv.DictReader((tmp_path / "all.csv").open()) if "jdcl" in r["name"]}
+    assert metrics == {"average_accuracy", "average_forgetting", "ms_local", "ms_global", "unet", "head", "seconds"}
+
+
+def test_jdcl_speed_by_stage_and_curve():
+    lines = [dict(task=1, update=500, ms_per_update=9, stage="local", accuracy=0.5),
+             dict(task=1, update=1500, ms_per_update=10, stage="local", accuracy=2 / 3),
+             dict(task=2, update=100, ms_per_update=20, stage="local", accuracy=0.9),  # of the local model
+             dict(task=2, update=400, ms_per_update=30, stage="global"),
+             dict(task=2, update=500, ms_per_update=50, stage="global", accuracy=0.8, accuracy_task1=0.75,
+                  accuracy_old_real=0.7, accuracy_old_replayed=0.65)]
+    lines = [json.dumps(dict(line, peak_memory_mb=1, seconds=1.0)) + "\n" for line in lines]
+    found = report.parse_metrics("".join(lines))
+    assert found["ms_per_update"] == [
+        dict(task=1, stage="local", updates=1500, mean=10.0, sd=0.0),  # the first record is over 1000 updates old
+        dict(task=2, stage="local", updates=100, mean=20.0, sd=0.0),
+        dict(task=2, stage="global", updates=400, mean=35.0, sd=8.66)]  # 300 updates of 30 ms, 100 of 50
+    assert found["curve"] == [[1, 500, 0.5, None, None], [1, 1500, 0.666667, None, None], [2, 500, 0.75, 0.7, 0.65]]
+
+
+def test_jdcl_saved_results_give_the_same_tables_and_figures(tmp_path, capsys):
+    runs, results = tmp_path / "runs", tmp_path / "results"
+    for s in SEEDS:
+        for argv in ("", " --separate", " --replay all", " --replay none", " --one-stage"):
+            make_jdcl(runs, ON_LAPTOP + argv, s, 0.5 + s / 10000)
+    make_jdcl(runs, "", 42, 0.8)
+    make(runs, "gd", fid=20)
+    report.main([str(runs), "--save", str(results)])
+    first = capsys.readouterr().out
+    report.main([str(results)])
+    assert capsys.readouterr().out == first and column(first, LAPTOP, "JDCL", ACCURACY, "`jdcl-laptop`") != ["–"]
+    figures = {f"jdcl-figure{i}-{dataset}.png" for i in (4, 5) for dataset in ("fashion-mnist-laptop", "cifar10")}
+    for folder in (runs, results):
+        assert {p.name for p in folder.glob("jdcl-*.png")} == figures
+    for name in figures:
+        pictures = [np.asarray(Image.open(folder / name).convert("RGB")) for folder in (runs, results)]
+        assert (pictures[0] == pictures[1]).all() and pictures[0].std() > 10
+        assert f"({name})" in (results / "report.md").read_text()
+    both, one = (Image.open(runs / f"jdcl-figure4-{name}.png").width for name in ("fashion-mnist-laptop", "cifar10"))
+    assert both > 1.8 * one  # jdcl beside jdcl-separate
+
+    saved = json.loads((results / "fashion-mnist/jdcl-laptop/seed42.json").read_text())
+    assert saved["accuracy"] == json.loads((runs / "fashion-mnist/jdcl-laptop/seed42/accuracy.json").read_text())
+    assert [(s["task"], s["stage"], s["updates"], s["mean"]) for s in saved["ms_per_update"]] == [
+        (1, "local", 400, 100), *((k, stage, 400, ms) for k in (2, 3, 4, 5)
+                                  for stage, ms in (("local", 100), ("global", 200)))]
+    assert saved["curve"][:3] == [[1, 200, 0.7, None, None], [1, 400, 0.7, None, None], [2, 600, 0.6, 0.5, 0.4]]
+    assert (saved["updates_done"], saved["updates_preset"]) == (3600, [400, 800, 800, 800, 800])
+    assert not {"accuracy", "curve"} & set(json.loads((results / "fashion-mnist/gd-2/seed42.json").read_text()))
+
+
+def test_jdcl_figures_show_the_last_task_and_the_first(tmp_path):
+    folder = make_jdcl(tmp_path, ON_LAPTOP, 42, 0.7)
+    r = report.read(folder)
+    (real, shares, edges, about), (replayed, *more) = report.logits(r)
+    assert (real, about, replayed, more[2]) == ("real", "10.0 ± 1.0", "replayed", "19.8 ± 0.0")
+    assert list(shares) == [2 / 80] * 40 and list(more[0]) == [0] * 39 + [1] and len(edges) == 41
+    curve = report.first_task(r)
+    # twice in task 1; in a later task half through the second stage, then what accuracy.json has after it
+    assert curve == {200: 0.7, 400: 0.9, 1000: 0.6, 1200: 0.9, 1800: 0.6, 2000: 0.9, 2600: 0.6, 2800: 0.9,
+                     3400: 0.6, 3600: 0.71}
+    joint = report.read(make_jdcl(tmp_path, ON_LAPTOP + " --replay all", 42, 0.7))
+    assert report.logits(joint) == [] and report.first_task(joint) == {
+        200: 0.7, 400: 0.9, 800: 0.9, 1200: 0.9, 1600: 0.9, 2000: 0.71}
+    assert (r.base, r.departure, joint.base, joint.departure) == ("jdcl", "-laptop", "jdcl-joint", "-laptop")
+    drawn = dict(report.jdcl_figures({"jdcl": [r], "jdcl-joint": [joint]}))
+    assert [axes.get_title() for axes in drawn["jdcl-figure4"].axes] == ["jdcl, task 5, seed 42"]
+    lines = {line.get_label(): line.get_xydata() for line in drawn["jdcl-figure5"].axes[0].lines}
+    assert set(lines) == {"jdcl (1)", "jdcl-joint (1)"}
+    np.testing.assert_allclose(lines["jdcl (1)"], [(x, 100 * y) for x, y in sorted(curve.items())])
+    assert dict(report.jdcl_figures({"jdcl-joint": [joint]})).keys() == {"jdcl-figure5"}
+
+
+def test_jdcl_half_finished_runs_are_reported_as_far_as_they_go(tmp_path, capsys):
+    make_jdcl(tmp_path, "", 42, 0.8)
+    missing = make_jdcl(tmp_path, "", 1, 0.8, done=2)
+    (missing / "accuracy.json").unlink()
+    (missing / "task1.pt").touch()
+    make_jdcl(tmp_path, "", 2, done=2).joinpath("accuracy.json").write_text('{"accuracy": [0.9')
+    for s, text in enumerate(("{}", "[]", '{"matrix": [["x"]]}', '"matrix"'), 3):
+        make_jdcl(tmp_path, "", s).joinpath("accuracy.json").write_text(text)
+    broken = make_jdcl(tmp_path, "", 7) / "accuracy.json"
+    broken.write_text(broken.read_text().replace('"counts"', '"count"'))
+    make_jdcl(tmp_path, "", 8, 0.1, done=1)
+    text = text_of(tmp_path)
+    assert column(text, MAIN, "JDCL", C10) == ["83.69", "80.00 (1)", "-3.69"]
+    shortened = COMPLETE.replace("Complete", "Shortened")
+    assert column(text, shortened, "JDCL", ACCURACY, "`jdcl`", "0 of 5") == ["–"]
+    # the run without accuracy.json, and the one with a single task, whose forgetting nobody knows
+    assert column(text, shortened, "JDCL", ACCURACY, "`jdcl`", "1 of 5") == ["90.00 (1)"]
+    assert column(text, shortened, "JDCL", FORGETTING, "`jdcl`", "1 of 5") == ["–"]
+    assert column(text, shortened, "JDCL", "↓ ms, local", "`jdcl`", "1 of 5") == ["100.0 ± 0.0 (2)"]
+    lines = {int(line.partition(": ")[0].rpartition("seed")[2]): line for line in capsys.readouterr().err.splitlines()}
+    assert "no accuracy.json" in lines[1] and "1 of 5 tasks are done" in lines[1]
+    assert "accuracy.json is damaged" in lines[2] and "0 of 5 tasks are done" in lines[2]
+    assert all("left out, damaged (" in lines[s] for s in (3, 4, 5, 6, 7)) and "left out" not in lines[8]
+    report.main([str(tmp_path), "--out", str(tmp_path / "out")])
+    assert {p.name for p in (tmp_path / "out").glob("*.png")} == {f"jdcl-figure{i}-cifar10.png" for i in (4, 5)}
