@@ -365,6 +365,13 @@ def exit_if_stopped(where):
         sys.exit(128 + signals[0])
 
 
+def finish(folder):
+    """Say that the run is finished, and remove its checkpoints, which nothing needs any more."""
+    for path in [] if rank else folder.glob("checkpoint*.pt"):
+        path.unlink()
+    print(f"{folder} is finished (--restart does it again); next: python eval_fid.py {shlex.quote(str(folder))}")
+
+
 def latest(folder, tasks):
     """The newest whole state of a run or None: a checkpoint inside a task, or {"task", "update": 0, "model"} after one.
 
@@ -376,9 +383,7 @@ def latest(folder, tasks):
     newest = max((k for k in range(1, tasks + 1) if (folder / f"task{k}.pt").exists()), default=0)
     checkpoints = [path for path in (folder / "checkpoint.pt", folder / "checkpoint.old.pt") if path.exists()]
     if newest == tasks:  # the run is finished
-        for path in checkpoints:
-            path.unlink()
-        checkpoints, newest = [], tasks
+        checkpoints = []
     for path in [*checkpoints, *(folder / f"task{k}.pt" for k in range(newest, 0, -1))]:
         try:
             found = load(path)

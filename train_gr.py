@@ -16,7 +16,6 @@ Masip et al., "Continual Learning of Diffusion Models with Generative Distillati
 import argparse
 import copy
 import math
-import shlex
 
 import torch
 import torch.nn.functional as F
@@ -261,7 +260,7 @@ def main(argv=None):
         state = {"task": k + 1, "update": 0}
         if k < args.tasks:
             run.exit_if_stopped(f"task {k}")
-    print(f"{folder} is finished (--restart does it again); next: python eval_fid.py {shlex.quote(str(folder))}")
+    run.finish(folder)
 
 
 if __name__ == "__main__":

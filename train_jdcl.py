@@ -20,7 +20,6 @@ Skiers and Deja, "Joint Diffusion Models in Continual Learning", arXiv 2411.0822
 
 import argparse
 import copy
-import shlex
 
 import numpy as np
 import torch
@@ -64,8 +63,8 @@ PRESETS = {  # what depends on the dataset: the released code's runs, and runs f
     ("laptop", "fashion-mnist"): dict(LAPTOP, unet="jdcl-laptop", flip=False),
     ("laptop", "cifar10"): dict(LAPTOP, unet="jdcl-laptop-rgb"),
 }
-PRESETS["paper", "shapes"], PRESETS["laptop", "shapes"] = (
-    dict(PRESETS[scale, "fashion-mnist"], tasks=None, class_order="0,1|2,3|4,5") for scale in ("paper", "laptop"))
+PRESETS["paper", "shapes"] = PRESETS["paper", "fashion-mnist"]
+PRESETS["laptop", "shapes"] = dict(PRESETS["laptop", "fashion-mnist"], tasks=3, class_order="0,1|2,3|4,5")
 
 
 def shares(text):
@@ -646,7 +645,7 @@ def main(argv=None):
         state = {"task": k + 1, "update": 0}
         if k < args.tasks:
             run.exit_if_stopped(f"task {k}")
-    print(f"{folder} is finished (--restart does it again); next: python eval_fid.py {shlex.quote(str(folder))}")
+    run.finish(folder)
 
 
 if __name__ == "__main__":

@@ -542,6 +542,7 @@ def test_checkpoints_of_finished_tasks_are_passed_over_and_at_the_end_removed(tm
     for k in (2, 3):
         run.save(tmp_path / f"task{k}.pt", {"model": {}, "config": {}})
     assert run.latest(tmp_path, 3)["task"] == 4
+    run.finish(tmp_path)
     assert not list(tmp_path.glob("checkpoint*"))
 
 
