@@ -124,7 +124,7 @@ def test_every_parameter_gets_a_gradient(name):
     GroupNorm cancels no bias here, since its groups hold at least two channels, each with a bias of its own.
     """
     torch.manual_seed(0)
-    model = UNet(**NETS[name]).double()
+    model = UNet(**dict(NETS[name], zero_init=False)).double().eval()
     x_t, t = inputs(name)
     eps = model(x_t.double(), t)
     (eps * torch.randn_like(eps)).sum().backward()
@@ -132,7 +132,7 @@ def test_every_parameter_gets_a_gradient(name):
         if key.endswith("to_k.bias"):
             assert p.grad.abs().max() < 1e-12, key
         else:
-            assert p.grad.abs().max() > 1e-3 and (p.grad != 0).all(), key
+            assert p.grad.abs().max() > 1e-4 and (p.grad != 0).all(), key
 
 
 def test_groups_of_one_channel_would_cancel_the_time():
@@ -147,7 +147,7 @@ def test_groups_of_one_channel_would_cancel_the_time():
 @pytest.mark.parametrize("name", NETS)
 def test_images_of_a_batch_do_not_see_each_other(name):
     torch.manual_seed(0)
-    model, (x_t, t) = UNet(**NETS[name]), inputs(name, batch=3)
+    model, (x_t, t) = UNet(**dict(NETS[name], zero_init=False)).eval(), inputs(name, batch=3)
     with torch.no_grad():
         eps = model(x_t, t)
         x_t[1], t[1] = 100 * x_t[1], 0
@@ -171,7 +171,7 @@ def test_counts_are_those_of_the_paper_and_settle_its_contradictions():
 @pytest.mark.parametrize("name, gflop", [("fashion-mnist", 3.981), ("cifar10", 12.444), ("ddpm-cifar10", 12.444)])
 def test_cost_counts_attention_too(name, gflop):
     """Of CIFAR's 12.444 GFLOP, 0.336 are q k^T and the product with v; a counter that misses them gives 12.108."""
-    assert cost(name)[2] / 1e9 == pytest.approx(gflop, abs=1e-3)
+    assert cost(name)[3] / 1e9 == pytest.approx(gflop, abs=1e-3)
 
 
 def test_attention_flop_by_hand():
@@ -191,8 +191,9 @@ def test_attention_flop_by_hand():
 def test_command_prints_the_table():
     done = subprocess.run([sys.executable, "unet.py"], cwd=ROOT, capture_output=True, text=True, check=True)
     head, *rows = [line.split() for line in done.stdout.splitlines()]
-    assert head == ["net", "resolution", "parameters", "GFLOP/image"]
-    assert {row[0]: tuple(row[1:]) for row in rows} == TABLE and list(TABLE) == list(NETS)
+    assert head[:4] == ["net", "resolution", "parameters", "GFLOP/image"]
+    assert {row[0]: tuple(row[1:]) for row in rows if not row[0].startswith("jdcl")} == TABLE  # those: test_jdcl.py
+    assert list(dict.fromkeys(row[0] for row in rows)) == list(NETS)
 
 
 def test_encode_returns_every_map_of_the_way_down():
