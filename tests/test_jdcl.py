@@ -460,18 +460,10 @@ def test_teachers_get_no_gradient_even_where_they_could():
         assert all(p.grad.abs().sum() > 0 for name, p in model.named_parameters() if not name.endswith("to_k.bias"))
 
 
-def just_confident():
-    """Logits (4,) whose softmax is 0.95 to the last bit of float32, and a confidence just below it."""
-    steps = torch.arange(-3000, 3000).double()[:, None] * torch.tensor([1.0, 0, 0, 0]).double()
-    logits = ((torch.tensor([0.95] + [0.05 / 3] * 3).double().log()) + 1e-8 * steps).float()
-    top = logits.softmax(1)[:, 0]
-    return logits[top == 0.95][0], logits[top < 0.95][-1]
-
-
 def test_fixmatch_by_hand():
-    """Of five unlabelled images one is sure, one exactly sure enough and three are not: the mean is over all five."""
-    exact, below = just_confident()
-    x_weak = torch.stack([torch.tensor([0.0, 0, 9, 0]), exact, below, torch.zeros(4), torch.tensor([1.0, 0, 0, 2])])
+    """Of five unlabelled images one is sure, one just sure enough and three are not: the mean is over all five."""
+    above, below = (torch.tensor([p, *[(1 - p) / 3] * 3]).log() for p in (0.9501, 0.9499))
+    x_weak = torch.stack([torch.tensor([0.0, 0, 9, 0]), above, below, torch.zeros(4), torch.tensor([1.0, 0, 0, 2])])
     seed("fixmatch")
     x_0, x_strong, x_l = torch.randn(5, 1, 2, 2), 2 * torch.randn(5, 1, 2, 2), 2 * torch.randn(3, 1, 2, 2)
     x_weak, y_l, model = x_weak.view(5, 1, 2, 2).requires_grad_(), torch.tensor([3, 0, 1]), Stub(0.9)
@@ -540,18 +532,18 @@ def drawn(kept=None, save=lambda batches: None, never=(), classes=(3, 1), **more
 
 def test_draw_fills_each_quota_in_order_and_throws_the_rest_away():
     """By hand: batches of 8 times a training batch, each with its own noise; first come, first kept, class by class."""
-    kept, wanted, found, n = drawn(), {3: [], 1: []}, [0] * 5, 0
-    while any(len(images) < 5 for images in wanted.values()):
+    kept, wanted, found, n = drawn(replay_per_class=6), {3: [], 1: []}, [0] * 5, 0
+    while any(len(images) < 6 for images in wanted.values()):
         seed(3, "replay", 2, "old", n)
         u8 = data.quantize(sample(Figures(), torch.randn(16, 1, 4, 4), ABAR, 1))
         for image in u8:
             c = int(image[0, 0, 0]) % 5
             found[c] += 1
-            if c in wanted and len(wanted[c]) < 5:
+            if c in wanted and len(wanted[c]) < 6:
                 wanted[c].append(image)
         n += 16
-    assert kept["drawn"] == n > 16 and kept["found"] == found and sum(found) == n and len(kept["images"]) == 10
-    assert found[3] > 5 or found[1] > 5, "there was a surplus to throw away"
+    assert kept["drawn"] == n > 16 and kept["found"] == found and sum(found) == n and len(kept["images"]) == 12
+    assert found[3] > 6 or found[1] > 6, "there was a surplus to throw away"
     for c, images in wanted.items():
         assert torch.equal(kept["images"][kept["labels"] == c], torch.stack(images))
     assert kept["images"].dtype == torch.uint8
@@ -1166,7 +1158,7 @@ BAD = """
 
 
 @pytest.mark.parametrize("arguments", BAD)
-def test_bad_arguments_end_with_a_sentence_and_code_2(capfd, monkeypatch, tmp_path, arguments):
+def test_bad_arguments_end_with_a_sentence_and_code_2(capfd, monkeypatch, tmp_path, tally, arguments):
     """Through run.main in this process, as the script's last line does."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as leaving:
@@ -1175,3 +1167,4 @@ def test_bad_arguments_end_with_a_sentence_and_code_2(capfd, monkeypatch, tmp_pa
     assert leaving.value.code == 2, error
     assert error.count("error:") == 1 and "Traceback" not in error
     assert not any(tmp_path.iterdir()), "no folder is made for a run that cannot start"
+    tally["bad commands refused"] += 1
