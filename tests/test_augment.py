@@ -269,7 +269,7 @@ def test_views_never_ask_for_a_value(view):
     assert view(torch.empty(5, 3, 32, 32, dtype=torch.uint8, device="meta")).shape == (5, 3, 32, 32)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @every_view
 def test_views_on_a_gpu_wait_for_nothing(view):
     images = pictures(3, 32).cuda()
@@ -282,7 +282,7 @@ def test_views_on_a_gpu_wait_for_nothing(view):
     assert results.device == images.device and results.shape == images.shape
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_operations_on_a_gpu_are_those_of_the_cpu():
     op, v, sign, n = torch.cartesian_prod(*map(torch.tensor, (range(14), range(1, 10), (-1, 1), range(9)))).T
     images = pictures(3, 32)[n]

@@ -409,7 +409,7 @@ def test_a_lost_process_ends_the_run_with_a_sentence(unbroken, tmp_path, tally):
 def test_torchrun(tmp_path):
     """The real command, whole processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               str(ROOT / "train_gd.py"), *COMMON, "--iterations", "2", "--tasks", "1", "--class-order", "0,1",
+               str(ROOT / "train_gd.py"), *COMMON, "--iterations", "1", "--tasks", "1", "--class-order", "0,1",
                "--out", "run"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
