@@ -220,7 +220,8 @@ def test_every_block_starts_as_the_identity_or_its_shortcut():
             x = torch.randn(2, block.conv1.in_channels, 4, 4)
             assert torch.equal(block(x, e), block.conv_shortcut(x))
             kinds["identity" if torch.equal(block.conv_shortcut(x), x) else "shortcut"] += 1
-    assert kinds == {"identity": 3 + 2 + 3 + 3 + 2, "shortcut": 1 + 16, "attention": 2 * 3 + 2 * 4 + 1}
+    # 12 residual blocks on the way down, of which one changes the width, 2 in the middle; the 16 on the way up all do
+    assert kinds == {"identity": 11 + 2, "shortcut": 1 + 16, "attention": 2 * 3 + 1 + 2 * 4}
 
 
 def test_film_and_dropout_by_hand():
@@ -420,11 +421,13 @@ def test_distillation_by_hand_each_image_from_its_own_teacher(weighting):
     assert all(p.grad is None for teacher in (old, new) for p in (teacher.a, teacher.c))
 
 
-def test_distillation_classifies_nothing_before_its_start():
-    (x_0, _, y), args = batch(), SimpleNamespace(alpha=0.7, kd_weighting="sample")
+@pytest.mark.parametrize("view", [True, False])
+def test_distillation_classifies_nothing_before_its_start(view):
+    (x_0, x_c, y), args = batch(), SimpleNamespace(alpha=0.7, kd_weighting="sample")
     models = model, old, new = Stub(0.9), Stub(0.5), Stub(-0.4)
     x_t, t, eps = diffused(x_0)
-    loss, terms = train_jdcl.distillation_losses(args, model, old, new, 3, x_0, None, y, ABAR, False)
+    x_c = x_c if view else None
+    loss, terms = train_jdcl.distillation_losses(args, model, old, new, 3, x_0, x_c, y, ABAR, False)
     assert [m.names() for m in models] == [["denoise"]] * 3 and sorted(terms) == ["denoise", "kd"]
     close(loss, 0.01 * terms["denoise"] + terms["kd"])
 
@@ -935,7 +938,7 @@ def test_a_whole_run_by_subprocess(script, tmp_path, monkeypatch, capsys):
 # ----------------------------------------------------------------------------------------------- killed and resumed
 
 def stop_inside(folder, flags, name, call, how):
-    """Run in a process of its own that sends itself a signal when a function is called for the so-manieth time."""
+    """What a process of its own does: a run that sends itself a signal at a function's call number `call`."""
     calls = []
 
     def note(*args, **kwargs):
@@ -1106,6 +1109,8 @@ BAD = """
 --replay all --replay-per-class 5
 --replay none --replay-steps 5
 --replay none --local-init global
+--replay all --replay-cap 3
+--replay none --teacher raw
 --replay all --global-iterations 5
 --replay none --classifier-start 0
 --replay none --kd-weighting group
@@ -1113,6 +1118,7 @@ BAD = """
 --one-stage --classifier-start 0
 --one-stage --global-iterations 5
 --one-stage --labels 0.5
+--one-stage --local-init global
 --no-kd --kd-weighting group
 --labelled-only
 --labels 0
