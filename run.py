@@ -169,19 +169,18 @@ def pick_device(name):
 # -------------------------------------------------------------------------------------------------- processes
 
 def share(x):
-    """The rows rank, rank + world, ... of a batch (B, ...), this process's share; all of it without torchrun.
+    """The rows rank, rank + world, ... of a batch (B, ...), this process's share; all of them if they do not divide
+    evenly, so that a mean over the batch is always the mean of the processes' means.
 
     Every process draws all random numbers of an update, for the whole batch, and computes with its rows alone: so N
     processes follow one. Old images before new ones stay so in each share.
     """
-    if len(x) < world:
-        raise InputError(f"{len(x)} images are too few for {world} processes: choose another --batch-size")
-    return x[rank::world] if world > 1 else x
+    return x[rank::world] if len(x) % world == 0 else x
 
 
 def gather(x, n):
     """The whole batch (n, ...) of which every process has its share x."""
-    if world == 1:
+    if len(x) == n:
         return x
     whole = x.new_zeros(n, *x.shape[1:])
     whole[rank::world] = x
@@ -189,14 +188,14 @@ def gather(x, n):
     return whole
 
 
-def average(model, losses, part):
-    """The losses, scalars, of the whole batch, (len(losses),), when each process has those of its `part` of it, such
-    as 1/2; the gradients likewise, in place.
+def average(model, losses):
+    """The losses, scalars, of the whole batch, (len(losses),), from those of each process's share; the gradients
+    likewise, in place.
     """
     losses = torch.stack(losses).detach().float()
     if world > 1:
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        flat = part * torch.cat([losses, *(g.flatten() for g in gradients)])
+        flat = torch.cat([losses, *(g.flatten() for g in gradients)]) / world
         together(dist.all_reduce, flat)
         losses, flat = flat.split([len(losses), len(flat) - len(losses)])
         for g, mean in zip(gradients, flat.split([g.numel() for g in gradients])):

@@ -218,7 +218,7 @@ def main(argv=None):
             loss = r * loss_new + (1 - r) * args.lam * loss_replay
             optimizer.zero_grad()
             loss.backward()
-            means = run.average(model, [loss, loss_new, loss_replay], len(x_t) / len(x_0))
+            means = run.average(model, [loss, loss_new, loss_replay])
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.found_inf = (~norm.isfinite()).float()  # then step() does nothing, and check_finite will say so
             optimizer.step()

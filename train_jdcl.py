@@ -247,21 +247,31 @@ def semi_supervised_losses(args, model, x_0, x_l, y_l, x_weak, x_strong, abar):
     return terms["denoise"] + args.alpha * (terms["ce"] + terms["ce_unlabelled"]), terms
 
 
-def kd_mean(d, n_old, weighting):
-    """Of distances d (B,), the first n_old of old classes: 2 mean(d), or mean(d_old) + mean(d_new); equal at task 2."""
+def shared_old(n_old, batch):
+    """How many images of this process's share of a batch are old ones, when the first n_old of the whole are."""
+    return sum(i < n_old for i in run.share(range(batch)))
+
+
+def kd_mean(d, n_old, old, weighting):
+    """Of distances d (B,), the first n_old of old classes: 2 mean(d), or mean(d_old) + mean(d_new); equal at task 2.
+
+    `old` is the part of old images in the whole batch, n_old / B in one process.
+    """
     # DEVIATION: the paper's formula is "group"; its released code has weighed samples alike since September 2024.
-    return 2 * d.mean() if weighting == "sample" else d[:n_old].mean() + d[n_old:].mean()
+    if weighting == "sample":
+        return 2 * d.mean()
+    return (d[:n_old].sum() / old + d[n_old:].sum() / (1 - old)) / len(d)
 
 
 def distillation_losses(args, model, old, new, n_old, x_0, x_c, y, abar, on):
     """Stage 2: L_global of the top; the first n_old images have `old` for a teacher, the others `new`."""
     x_t, t, eps = diffuse(x_0, abar)
-    n_old = len(run.share(range(n_old)))
+    part, n_old = n_old / len(x_0), shared_old(n_old, len(x_0))
     with torch.no_grad():
         target = torch.cat([old(x_t[:n_old], t[:n_old]), new(x_t[n_old:], t[n_old:])])
     pred = model(x_t, t)
     terms = {"denoise": F.mse_loss(pred, eps),
-             "kd": kd_mean((pred - target).float().square().mean((1, 2, 3)), n_old, args.kd_weighting)}
+             "kd": kd_mean((pred - target).float().square().mean((1, 2, 3)), n_old, part, args.kd_weighting)}
     loss = BETA * terms["denoise"] + terms["kd"]
     if on:
         x_c, y = run.share(x_c), run.share(y)
@@ -269,7 +279,7 @@ def distillation_losses(args, model, old, new, n_old, x_0, x_c, y, abar, on):
             q = torch.cat([old.classify(x_c[:n_old]), new.classify(x_c[n_old:])]).float().softmax(1)
         logits = model.classify(x_c)
         terms["ce"] = F.cross_entropy(logits, y)
-        terms["kd_class"] = kd_mean(F.cross_entropy(logits, q, reduction="none"), n_old, args.kd_weighting)
+        terms["kd_class"] = kd_mean(F.cross_entropy(logits, q, reduction="none"), n_old, part, args.kd_weighting)
         loss = loss + BETA * args.alpha * terms["ce"] + args.alpha * terms["kd_class"]
     return loss, terms
 
@@ -282,7 +292,7 @@ def one_stage_losses(args, model, old, n_old, x_0, x_c, y, abar):
     n_new/B |eps - model|^2_new + n_old/B |e_T - model|^2_old + alpha (CE(p, y) + n_old/B H(q_T, p)_old)
     """
     x_t, t, eps = diffuse(x_0, abar)
-    x_c, y, n_old = run.share(x_c), run.share(y), len(run.share(range(n_old)))
+    x_c, y, n_old = run.share(x_c), run.share(y), shared_old(n_old, len(x_0))
     with torch.no_grad():
         target, q = old(x_t[:n_old], t[:n_old]), old.classify(x_c[:n_old]).float().softmax(1)
     pred, logits, share = model(x_t, t), model.classify(x_c), n_old / len(x_t)
@@ -472,7 +482,7 @@ def main(argv=None):
             optimizer.zero_grad()
             loss.backward()
             terms = {"loss": loss, **terms}
-            means = run.average(model, [terms.get(name, loss.new_zeros(())) for name in LOG[:-1]], 1 / run.world)
+            means = run.average(model, [terms.get(name, loss.new_zeros(())) for name in LOG[:-1]])
             norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
             optimizer.found_inf = (~norm.isfinite()).float()  # then step() does nothing, and check_finite will say so
             optimizer.step()
@@ -602,6 +612,9 @@ def main(argv=None):
             # teachers' batches keep their shapes.
             n_old = round(args.batch_size * len(learned) / len(everything))
             n_old = min(args.batch_size - 1, max(1, n_old))
+            if min(n_old, args.batch_size - n_old) < run.world:
+                raise run.InputError(f"task {k} has {n_old} old images in a batch of {args.batch_size}, too few of the "
+                                     f"old or the new for {run.world} processes: choose fewer")
 
             def losses(u):
                 i = torch.randint(N_old, (n_old,), device=device)

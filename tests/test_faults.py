@@ -352,7 +352,7 @@ def processes(name, folder, n, more=(), happen=lambda rank, event: None):
 
 @pytest.mark.parametrize("name, more", [
     ("train_gr.py", []), ("train_gd.py", []), ("train_gd.py", ["--distill", "noise"]),
-    ("train_gd.py", ["--distill", "current"]), ("train_gr.py", ["--replay", "buffer", "--buffer-size", "100"])])
+    ("train_gd.py", ["--distill", "current"]), ("train_gr.py", ["--replay", "buffer", "--buffer-size", "7"])])
 def test_two_processes_follow_one(tmp_path, name, more):
     """The losses of every update are those of one process, to float error, which Adam's first steps enlarge."""
     module, arguments = RUNS[name]

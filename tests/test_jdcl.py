@@ -370,9 +370,9 @@ def test_diffuse_is_the_forward_process():
 
 def test_kd_mean_of_both_forms():
     d = torch.tensor([1.0, 2, 3, 4, 5, 9])
-    assert train_jdcl.kd_mean(d, 2, "sample") == 2 * 24 / 6
-    assert train_jdcl.kd_mean(d, 2, "group") == 3 / 2 + 21 / 4
-    assert train_jdcl.kd_mean(d, 3, "sample") == train_jdcl.kd_mean(d, 3, "group") == 8
+    assert train_jdcl.kd_mean(d, 2, 2 / 6, "sample") == 2 * 24 / 6
+    close(train_jdcl.kd_mean(d, 2, 2 / 6, "group"), torch.tensor(3 / 2 + 21 / 4))
+    assert train_jdcl.kd_mean(d, 3, 3 / 6, "sample") == train_jdcl.kd_mean(d, 3, 3 / 6, "group") == 8
 
 
 def test_joint_losses_by_hand():
@@ -448,6 +448,35 @@ def test_one_stage_by_hand():
     close(loss, 4 / 6 * denoise + 2 / 6 * kd + 0.7 * (CE(logits, y).mean() + 2 / 6 * kd_class))
     loss.backward()
     assert model.a.grad.abs() > 0 and old.a.grad is None and old.c.grad is None
+
+
+@pytest.mark.parametrize("world", [2, 3, 4, 8])  # of 6 images, 3 of them old: 2 old and 1, 1 each, and all at each
+def test_the_mean_over_processes_is_the_loss_of_one(monkeypatch, world):
+    (x_0, x_c, y), old, new = batch(), Stub(0.5, 0.6), Stub(-0.4, 2.0)
+
+    def found(losses):
+        model = Stub(0.9, 1.3)
+        seed("losses")
+        loss, _ = losses(model)
+        loss.backward()
+        return torch.stack([loss.detach(), model.a.grad, model.c.grad])
+
+    def args(weighting):
+        return SimpleNamespace(alpha=0.7, kd_weighting=weighting)
+
+    for losses in (
+            lambda model: train_jdcl.joint_losses(args(None), model, x_0, x_c, y, ABAR),
+            lambda model: train_jdcl.distillation_losses(args("sample"), model, old, new, 3, x_0, x_c, y, ABAR, True),
+            lambda model: train_jdcl.distillation_losses(args("group"), model, old, new, 3, x_0, x_c, y, ABAR, True),
+            lambda model: train_jdcl.one_stage_losses(args(None), model, old, 3, x_0, x_c, y, ABAR),
+            lambda model: train_jdcl.semi_supervised_losses(args(None), model, x_0, x_c[:5], y[:5], x_c, x_0, ABAR)):
+        one, shares = found(losses), []
+        for rank in range(world):
+            monkeypatch.setattr(run, "rank", rank)
+            monkeypatch.setattr(run, "world", world)
+            shares.append(found(losses))
+        monkeypatch.undo()
+        close(torch.stack(shares).mean(0), one)
 
 
 def test_teachers_get_no_gradient_even_where_they_could():
