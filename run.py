@@ -24,6 +24,7 @@ import sys
 import time
 import zipfile
 import zlib
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -164,6 +165,58 @@ def pick_device(name):
         if rank:  # the first process speaks for all
             sys.stdout = open(os.devnull, "w")
     return device
+
+
+# ------------------------------------------------------------------------------------------------------ speed
+
+def pick_speed(args, device):
+    """Say what --precision auto is, and --compile where nothing was said: bf16 and compiled on a GPU that has bf16
+    (from NVIDIA's Ampere on), else fp32 and not.
+    """
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if args.precision == "auto":
+        args.precision = "bf16" if fast else "fp32"
+    fill(args, {"compile": fast})
+
+
+def eager(now=True):
+    """`with eager(now):` what torch.compile has compiled runs, if `now`, as if it had not: for a rare shape."""
+    return torch.compiler.set_stance("force_eager") if now else nullcontext()
+
+
+class CUDAGraph:
+    """function(*inputs), CUDA tensors, as one CUDA graph: all its kernels are launched at once.
+
+    The first three calls run as usual, so that kernels are chosen and compiled, the fourth is recorded, and from then
+    on the record is played with new inputs; inputs of other shapes than the first ones run as usual. The function may
+    not wait for the device, nor depend on anything else that changes, other than in place, but for torch's seed. The
+    returned tensor holds until the next call.
+    """
+
+    def __init__(self, function):
+        self.function, self.shapes, self.calls, self.graph = function, None, 0, None
+        self.stream = torch.cuda.Stream()  # not the usual one, as torch.cuda.graph demands of the calls before
+
+    def __call__(self, *inputs):
+        shapes = [x.shape for x in inputs]
+        self.shapes = self.shapes or shapes
+        if shapes != self.shapes:
+            return self.function(*inputs)
+        self.calls += 1
+        if self.calls <= 3:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                output = self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return output
+        if self.graph is None:
+            self.inputs, self.graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=self.stream):  # computes nothing yet
+                self.output = self.function(*self.inputs)
+        for mine, given in zip(self.inputs, inputs):
+            mine.copy_(given)
+        self.graph.replay()
+        return self.output
 
 
 # -------------------------------------------------------------------------------------------------- processes

@@ -31,9 +31,10 @@ LOG = ("loss", "loss_new", "loss_replay", "gradient_norm")
 
 # -------------------------------------------------------------------------------------------------- arguments
 
-PAPER = dict(image_size=32, tasks=5, class_order="random", lr=2e-4, schedule="zero-snr", flip=False, iterations=[])
-LAPTOP = dict(PAPER, image_size=16, batch_size=64, lr=2e-3, teacher_steps=2, sample_steps=10, unet="laptop", tasks=3,
-              class_order="0,1|2,7|8,9")  # classes chosen because they look different even at 16x16
+PAPER = dict(image_size=32, tasks=5, class_order="random", lr=2e-4, schedule="zero-snr", flip=False, iterations=[],
+             draw_ahead=8)
+LAPTOP = dict(PAPER, image_size=16, batch_size=64, lr=2e-3, teacher_steps=2, draw_ahead=1, sample_steps=10,
+              unet="laptop", tasks=3, class_order="0,1|2,7|8,9")  # these classes look different even at 16x16
 PRESETS = {  # what depends on the dataset: the paper's runs (Sections 4 and A.1), and runs for a laptop
     ("paper", "fashion-mnist"): dict(PAPER, unet="fashion-mnist", batch_size=128, epochs=[100], teacher_steps=2,
                                      sample_steps=10),
@@ -59,6 +60,7 @@ def get_args(argv=None):
         help="samples of the previous model (GR), kept images (ER), nothing (finetune), all data so far (joint)")
     add("--buffer-size", type=run.positive(int), help="images the buffer holds in total (paper: 10, 100, 1000)")
     add("--teacher-steps", type=run.positive(int, T), help="DDIM steps of the previous model (paper: 2, CIFAR-10 10)")
+    add("--draw-ahead", type=run.positive(int, 1e4), help="updates whose replay is drawn in one batch (default: 8)")
     add("--scale", default="paper", choices=["paper", "laptop"], help="the paper's run, or minutes at 16x16")
     add("--tasks", type=run.positive(int), help="number of tasks the classes are split into (paper: 5)")
     add("--class-order", help="random (by the seed, as the paper), natural, or '0,1|2,7' states the tasks")
@@ -72,13 +74,14 @@ def get_args(argv=None):
     add("--schedule", choices=["zero-snr", "linear"], help="noise schedule (default: zero-snr, as the released runs)")
     add("--flip", action=argparse.BooleanOptionalAction, help="random mirroring (default: CIFAR, ImageNet)")
     add("--sample-steps", type=run.positive(int, T), help="DDIM steps of pictures and evaluation (paper: 10 and 20)")
-    add("--precision", default="fp32", choices=["fp32", "tf32", "bf16"], help="default: fp32")
-    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile (default: no)")
+    add("--precision", default="auto", choices=["auto", "fp32", "tf32", "bf16"], help="auto: bf16 on CUDA, else fp32")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile and CUDA graphs (default: on CUDA)")
     run.add_arguments(parser)
     args = parser.parse_args(argv)
 
-    if args.teacher_steps and args.replay != "generated":
-        parser.error(f"--teacher-steps does nothing where the replay is {args.replay}")
+    for key in "teacher_steps", "draw_ahead":
+        if getattr(args, key) and args.replay != "generated":
+            parser.error(f"--{key.replace('_', '-')} does nothing where the replay is {args.replay}")
     if (args.scale, args.dataset) not in PRESETS:
         parser.error(f"--scale laptop is not there for {args.dataset}; try fashion-mnist, shapes or cifar10")
     usual, asked_tasks = dict(PRESETS[args.scale, args.dataset]), args.tasks
@@ -88,7 +91,7 @@ def get_args(argv=None):
         args.epochs = []
     run.fill(args, usual)
     if args.replay != "generated":
-        args.teacher_steps = None
+        args.teacher_steps = args.draw_ahead = None
     info, net = data.DATASETS[args.dataset], NETS[args.unet]
     if net["in_channels"] != info["channels"]:
         parser.error(f"--unet {args.unet} takes {net['in_channels']} channels, {args.dataset} has {info['channels']}")
@@ -105,7 +108,7 @@ def get_args(argv=None):
     args.method = {"generated": "gr", "buffer": "er", "none": "finetune", "all": "joint"}[args.replay]
     count = args.teacher_steps or args.buffer_size
     base = f"{args.method}-{count}" if count else args.method
-    usual.update(teacher_steps=args.teacher_steps, scale="paper", precision="fp32", init=None)
+    usual.update(teacher_steps=args.teacher_steps, scale="paper", precision="auto", init=None)
     args.name = run.run_name(base, args, usual)
     return args
 
@@ -138,12 +141,10 @@ def keep(args, tasks, k):
 
 
 @torch.no_grad()
-def replay(args, prev, x_0, kept, abar):
+def replay(args, x_r, x_0, kept, abar):
     """The replayed half of a batch: noisy images x_r_t (B, C, H, W), their times t_r (B,), what to predict there."""
     if args.replay == "buffer":
         x_r = to_x_0(kept[torch.randperm(len(kept), device=x_0.device)[:len(x_0)]], args.flip)
-    else:
-        x_r = run.gather(sample(prev, run.share(torch.randn_like(x_0)), abar, args.teacher_steps), len(x_0))
     x_r_t, t_r, eps_r = diffuse(x_r, abar)
     target_r = eps_r                                    # GR: the noise that was added
     return x_r_t, t_r, target_r
@@ -166,6 +167,7 @@ def losses(model, x_t, t, eps, replayed):
 def main(argv=None):
     args = get_args(argv)
     device = run.pick_device(args.device)
+    run.pick_speed(args, device)
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
@@ -192,8 +194,9 @@ def main(argv=None):
     folder = run.open_folder(config)
     prev = copy.deepcopy(model).eval().requires_grad_(False)  # the model of task k-1, one module for the whole run
     if args.compile:
-        model.compile()
-        prev.compile()
+        model.compile(fullgraph=True, dynamic=False)
+        prev.compile(fullgraph=True, dynamic=False)
+    graphs = args.compile and device.type == "cuda" and run.world == 1
     abar = alpha_bar(args.schedule).to(device)
     state = run.latest(folder, args.tasks) or {"task": 1, "update": 0, "model": model.state_dict()}
     model.load_state_dict(state["model"])
@@ -204,29 +207,24 @@ def main(argv=None):
     for k in range(state["task"], args.tasks + 1):
         task, n, every = tasks[k - 1], updates[k - 1], max(1, min(50, updates[k - 1] // 20))
         replaying = passes[k - 1] > 3  # whether this task replays anything
+        generating = replaying and args.replay == "generated"
         r = 1 / k if replaying else 1.0
         kept = images[keep(args, tasks, k).to(device)] if args.method == "er" and k > 1 else None
         # DEVIATION: as in the released runs, and unsaid in the paper, Adam starts afresh with every task and the norm
         # of the gradient is clipped at 1.
-        optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
+        optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True, capturable=graphs)
         prev.load_state_dict(state.get("prev", model.state_dict()))
         log = torch.zeros(n, len(LOG), device=device)  # of every update
         if state["update"]:
-            optimizer.load_state_dict(state["optimizer"])
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]["state"]})
             log.copy_(state["log"])
 
-        report(k, state["update"])
-        for u in range(state["update"], n):
-            epoch, i = divmod(u, per_epoch[k - 1])
-            if i == 0 or u == state["update"]:
-                seed(args.seed, "order", k, epoch)
-                order = task[torch.randperm(len(task))].to(device)
-            seed(args.seed, "noise", k, u)
-            x_0 = to_x_0(images[order[i * args.batch_size:(i + 1) * args.batch_size]], args.flip)
-
+        def update(i, x_r=None):
+            """Learn from images[i], i (B,), and the replayed x_r (B, C, H, W): a row of the log, (len(LOG),)."""
+            x_0 = to_x_0(images[i], args.flip)
             with autocast:
                 x_t, t, eps = diffuse(x_0, abar)
-                replayed = replay(args, prev, x_0, kept, abar) if replaying else None
+                replayed = replay(args, x_r, x_0, kept, abar) if replaying else None
                 loss_new, loss_replay = losses(model, x_t, t, eps, replayed)
             loss = r * loss_new + (1 - r) * loss_replay
             optimizer.zero_grad()
@@ -235,7 +233,25 @@ def main(argv=None):
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.found_inf = (~norm.isfinite()).float()  # then step() does nothing, and check_finite will say so
             optimizer.step()
-            log[u] = torch.cat([means, norm[None]])
+            return torch.cat([means, norm[None]])
+
+        step = run.CUDAGraph(update) if graphs else update
+        report(k, state["update"])
+        for u in range(state["update"], n):
+            epoch, batch = divmod(u, per_epoch[k - 1])
+            if batch == 0 or u == state["update"]:
+                seed(args.seed, "order", k, epoch)
+                order = task[torch.randperm(len(task))].to(device)
+            if generating and (u % args.draw_ahead == 0 or u == state["update"]):
+                seed(args.seed, "replay", k, u // args.draw_ahead)
+                x_T = torch.randn(args.draw_ahead * args.batch_size, *images.shape[1:], device=device)
+                with autocast:
+                    drawn = run.gather(sample(prev, run.share(x_T), abar, args.teacher_steps), len(x_T))
+                drawn = drawn.split(args.batch_size)
+            seed(args.seed, "noise", k, u)
+            i = order[batch * args.batch_size:(batch + 1) * args.batch_size]
+            with run.eager(args.compile and len(i) < args.batch_size):  # an epoch's last batch is not worth compiling
+                log[u] = step(i, drawn[u % args.draw_ahead][:len(i)]) if generating else step(i)
 
             # Once in a while a record or a checkpoint: only here does the script wait for the device.
             u += 1
@@ -244,7 +260,7 @@ def main(argv=None):
             if recording or saving:
                 run.check_finite(log[:u], LOG, model, k)
             means = log[(u - 1) // every * every:u].mean(0).tolist() if recording else []
-            report(k, u, len(x_0), dict(zip(LOG, means)) or None)
+            report(k, u, len(i), dict(zip(LOG, means)) or None)
             if saving:
                 run.save_checkpoint(folder, {"task": k, "update": u, "model": model.state_dict(), "log": log,
                                              "prev": prev.state_dict(), "optimizer": optimizer.state_dict()})
@@ -252,7 +268,7 @@ def main(argv=None):
         # A task is learned once its weights are saved. The picture starts from the same 64 noises in every run.
         seed("grid")
         x_T = torch.randn(64, *images.shape[1:]).to(device)
-        with autocast:
+        with autocast, run.eager(args.compile):
             grid = make_grid(data.quantize(sample(model, x_T, abar, args.sample_steps)).cpu(), nrow=8, padding=1)
         picture = Image.fromarray(grid.repeat_interleave(2, 1).repeat_interleave(2, 2).permute(1, 2, 0).numpy())
         run.save_png(folder / "samples" / f"task{k}.png", picture)

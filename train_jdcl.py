@@ -113,8 +113,8 @@ def get_args(argv=None):
     add("--unet", choices=[name for name in NETS if name.startswith("jdcl")], help="network (default: the dataset's)")
     add("--sample-steps", type=run.positive(int, T), help="DDIM steps of pictures and evaluation")
     add("--eval-every", type=run.positive(int), help="updates between two accuracies (paper: 500)")
-    add("--precision", default="fp32", choices=["fp32", "tf32", "bf16"], help="default: fp32")
-    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile (default: no)")
+    add("--precision", default="auto", choices=["auto", "fp32", "tf32", "bf16"], help="auto: bf16 on CUDA, else fp32")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     run.add_arguments(parser)
     args = parser.parse_args(argv)
 
@@ -156,7 +156,7 @@ def get_args(argv=None):
         parser.error("--batch-size must be 2 or more, and 8 with --labels, of which one in eight has a label")
 
     args.schedule, args.method = "jdcl", "jdcl"
-    usual.update(scale="paper", precision="fp32", no_kd=False, one_stage=False, separate=False, labels=None,
+    usual.update(scale="paper", precision="auto", no_kd=False, one_stage=False, separate=False, labels=None,
                  labelled_only=False, kd_weighting="sample", teacher="ema", replay_cap=2.0)
     base = {"generated": "jdcl", "all": "jdcl-joint", "none": "jdcl-finetune"}[args.replay]
     args.name = run.run_name(base, args, usual)
@@ -406,6 +406,7 @@ def picture(path, u8, columns):
 def main(argv=None):
     args = get_args(argv)
     device = run.pick_device(args.device)
+    run.pick_speed(args, device)
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
@@ -470,7 +471,7 @@ def main(argv=None):
         log, done, every = torch.zeros(n, len(LOG), device=device), 0, max(1, min(50, n // 20))
         if "optimizer" in state:  # the run was stopped inside this very stage
             begin(state)
-            optimizer.load_state_dict(state["optimizer"])
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]["state"]})
             log.copy_(state["log"])
             done = state["update"] - before
         model.train()
@@ -648,7 +649,7 @@ def main(argv=None):
             "unet": sum(p.numel() for p in model.parameters()) - head, "head": head}))
         seed("grid")
         x_T = torch.randn(64, *images.shape[1:]).to(device)
-        with autocast:
+        with autocast, run.eager(args.compile):
             x = sample(ema, x_T, abar, args.sample_steps, clip=args.clip)
         picture(folder / "samples" / f"task{k}.png", data.quantize(x).cpu(), 8)
         run.save(folder / f"task{k}.pt", {"model": ema.state_dict(), "raw": model.state_dict(), "count": count,

@@ -56,7 +56,7 @@ def test_defaults_are_the_papers_runs():
     assert (args.dataset, args.unet, args.image_size) == ("fashion-mnist", "fashion-mnist", 32)
     assert (args.batch_size, args.epochs) == (128, [100])
     assert (args.teacher_steps, args.sample_steps, args.lam, args.lr, args.tasks) == (2, 10, 0.75, 2e-4, 5)
-    assert (args.schedule, args.precision, args.compile, args.flip) == ("zero-snr", "fp32", False, False)
+    assert (args.schedule, args.draw_ahead, args.flip) == ("zero-snr", 8, False)
     args = train_gd.get_args(["--dataset", "cifar10"])
     assert (args.unet, args.batch_size, args.epochs) == ("cifar10", 64, [200])
     assert (args.teacher_steps, args.sample_steps) == (10, 20)
@@ -80,6 +80,7 @@ def test_class_orders_of_the_papers_seeds(run_seed, order):
     (train_gd, "--lambd 0.5", "gd-2-lam0.5"), (train_gd, "--scale laptop", "gd-2-laptop"),
     (train_gd, "--distill current", "lwf"), (train_gd, "--distill noise", "noise"),
     (train_gd, "--precision bf16 --iterations 5,3", "gd-2-iterations5_3-bf16"),
+    (train_gd, "--precision fp32 --no-compile", "gd-2-fp32"), (train_gd, "--draw-ahead 1", "gd-2-draw_ahead1"),
     (train_gd, "--scale laptop --tasks 5", "gd-2-tasks5-class_orderrandom-laptop"),
     (train_gd, "--scale laptop --tasks 3", "gd-2-laptop"),
     (train_gd, "--scale laptop --tasks 1", "gd-2-tasks1-class_orderrandom-laptop"), (train_gd, "--flip", "gd-2-flip"),
@@ -111,8 +112,9 @@ def both(script, args, model, prev, x_0, kept=None, k=2):
     abar = alpha_bar()
     seed("losses")
     x_t, t, eps = script.diffuse(x_0, abar)
-    more = (kept,) if script is train_gr else (x_t, t)
-    return script.losses(model, x_t, t, eps, script.replay(args, prev, x_0, *more, abar) if k > 1 else None)
+    x_r = sample(prev, torch.randn_like(x_0), abar, args.teacher_steps) if args.teacher_steps else None
+    more = (x_r, x_0, kept) if script is train_gr else (prev, x_r, x_0, x_t, t)
+    return script.losses(model, x_t, t, eps, script.replay(args, *more, abar) if k > 1 else None)
 
 
 def test_distillation_vanishes_where_student_is_teacher_and_replay_does_not():
@@ -268,7 +270,7 @@ def wait_for(folder, task, update):
     raise AssertionError("the run did not get there")
 
 
-KILLED = ["--iterations", "4,25", "--tasks", "2", "--save-every", "4"]
+KILLED = ["--iterations", "4,25", "--tasks", "2", "--save-every", "4", "--draw-ahead", "5"]  # amid what was drawn
 
 
 @pytest.fixture(scope="module")
@@ -307,9 +309,13 @@ def test_a_run_killed_inside_a_task_ends_bitwise_as_an_unbroken_one(script, unbr
     ("train_gr.py", ["--replay", "none"], [3, 3, 3]), ("train_gr.py", ["--replay", "all"], [3, 3, 3]),
     ("train_gr.py", ["--teacher-steps", "4"], [3, 10, 10]), ("train_gd.py", ["--teacher-steps", "4"], [3, 11, 11]),
     ("train_gr.py", ["--replay", "buffer", "--buffer-size", "64"], [3, 6, 6]),
+    ("train_gr.py", ["--draw-ahead", "5"], [3, 16, 16]), ("train_gd.py", ["--draw-ahead", "5"], [3, 17, 17]),
     ("train_gd.py", ["--distill", "noise"], [3, 7, 7]), ("train_gd.py", ["--distill", "current"], [3, 4, 4])])
 def test_how_the_cost_of_an_update_grows(tmp_path, monkeypatch, name, arguments, units):
-    """In forward passes of one batch, a backward pass counted as two: 3, GR 6 + S, GD 7 + S, the same in every task."""
+    """In forward passes of one batch, a backward pass counted as two: 3, GR 6 + S, GD 7 + S, the same in every task.
+
+    An update that draws ahead, for 5 of them, has 5 S.
+    """
     images, updates = [0], []
 
     def count(model, x_t, t, forward=UNet.forward):
@@ -340,11 +346,93 @@ def test_bf16_trains_like_fp32(tmp_path):
     assert last["bf16"] != last["fp32"]
 
 
+@pytest.mark.parametrize("module", [train_gr, train_gd])
+def test_what_is_drawn_ahead(tmp_path, monkeypatch, module):
+    """Each update gets its own part of what the previous model has drawn, a short one as much as it needs; another run
+    from the same seed draws the same, of however many updates it is begun in the middle."""
+    drawn, used, train = [], [], ["--iterations", "3,7", "--class-order", "0,1|2,3", "--draw-ahead", "3", "--out"]
+    few = data.load_images("shapes", "train", "data", 16)
+    few = [torch.cat([x[few[1] == c][:10] for c in range(6)]) for x in few]  # 20 a task: batches of 8, 8 and 4
+
+    def note(*arguments):
+        x = sample(*arguments)
+        drawn.append(x)
+        return x
+
+    def use(args, *more, replay=module.replay):
+        used.append(more[0] if module is train_gr else more[1])
+        return replay(args, *more)
+    monkeypatch.setattr(data, "load_images", lambda *which: few)
+    monkeypatch.setattr(module, "sample", note)
+    monkeypatch.setattr(module, "replay", use)
+    module.main([*TINY, *train, str(tmp_path / "run")])
+    drawn = [x for x in drawn if len(x) == 24]  # the others are the pictures
+    assert len(drawn) == 3 and [len(x) for x in used] == [8, 8, 4, 8, 8, 4, 8]
+    for u, x in enumerate(used):
+        assert torch.equal(x, drawn[u // 3][8 * (u % 3):][:len(x)])
+    assert len({float(x.sum()) for x in used}) == 7, "no two updates replay the same images"
+
+
+@pytest.mark.parametrize("backend, channels, arguments, graphs", [
+    # The student at B and 2 B, the teacher at 2 B, to draw, and at B; no code is made for them, as that takes minutes.
+    ("aot_eager", (8, 16), ["train_gd", "--tasks", "2", "--draw-ahead", "2"], 4),
+    ("inductor", (8,), ["train_gr", "--tasks", "1", "--replay", "none"], 1)])
+def test_a_compiled_run_follows_an_eager_one(tmp_path, backend, channels, arguments, graphs):
+    """Each shape is compiled once, but for the picture's and the short last batch of an epoch, and in one piece."""
+    (tmp_path / "small.py").write_text(f"""
+import functools, torch, torch._dynamo, data, unet, {arguments[0]} as script
+few = data.load_images("shapes", "train", "data", 16)
+data.load_images = lambda *which: [x[:60] for x in few]
+unet.NETS["laptop"]["channels"] = {channels}
+torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend="{backend}")
+script.main()
+print("compiled:", torch._dynamo.utils.counters["stats"]["unique_graphs"])
+""")
+    for flag in "--compile", "--no-compile":
+        done = subprocess.run(
+            [sys.executable, "small.py", *TINY, *arguments[1:], "--class-order", "natural", "--iterations", "9", flag,
+             "--out", flag[2:]], cwd=tmp_path, capture_output=True, text=True, timeout=500,
+            env=dict(os.environ, PYTHONPATH=str(ROOT)))
+        assert done.returncode == 0, done.stderr
+        assert f"compiled: {graphs if flag == '--compile' else 0}\n" in done.stdout
+    for one, two in zip(lives(tmp_path / "compile"), lives(tmp_path / "no-compile")):
+        for key in ("loss_new", "loss_replay", "gradient_norm"):
+            assert one[key] == pytest.approx(two[key], rel=0.02, abs=1e-4)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_a_run_on_cuda(script, tmp_path):
-    done = script("train_gd.py", *TINY[:-1], "cuda", "--iterations", "3", "--out", "run", "--precision", "bf16",
-                  "--compile", timeout=900)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("name, more", [
+    ("train_gr.py", []), ("train_gd.py", []), ("train_gd.py", ["--distill", "noise"]),
+    ("train_gd.py", ["--distill", "current"]), ("train_gr.py", ["--replay", "buffer", "--buffer-size", "100"])])
+def test_cuda_graphs_follow_what_runs_kernel_by_kernel(script, tmp_path, name, more):
+    """In fp32, with a short batch in each epoch; and the default, in bf16, does so roughly."""
+    command = [name, "--dataset", "shapes", "--scale", "laptop", "--batch-size", "960", "--device", "cuda",
+               "--iterations", "12", "--tasks", "2", *more]
+    for out, flags in (("plain", ["--precision", "fp32", "--no-compile"]), ("graph", ["--precision", "fp32"]),
+                       ("default", [])):
+        done = script(*command, *flags, "--out", out, timeout=900)
+        assert done.returncode == 0, done.stderr
+    plain, graph, default = (lives(tmp_path / out) for out in ("plain", "graph", "default"))
+    for one, two, three in zip(plain, graph, default):
+        assert one["loss_new"] == pytest.approx(two["loss_new"], rel=0.02)
+        assert one["loss_new"] == pytest.approx(three["loss_new"], rel=0.1)
+        assert one["loss_replay"] == pytest.approx(two["loss_replay"], rel=0.05, abs=1e-3)
+    config = json.loads((tmp_path / "default/config.json").read_text())
+    assert (config["precision"], config["compile"]) == ("bf16", True), "of a GPU that has bf16"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_run_on_cuda_goes_on_bitwise(script, tmp_path):
+    command = ["train_gd.py", "--dataset", "shapes", "--scale", "laptop", "--device", "cuda", "--tasks", "2",
+               "--iterations", "20", "--draw-ahead", "8", "--save-every", "7"]
+    assert script(*command, "--out", "unbroken", timeout=900).returncode == 0
+    process = start(tmp_path, *command, "--out", "broken")
+    wait_for(tmp_path / "broken", 2, 9)
+    process.kill()
+    process.communicate(timeout=60)
+    assert script(*command, "--out", "broken", timeout=900).returncode == 0
+    for key, value in weights(tmp_path / "unbroken", 2).items():
+        assert torch.equal(value, weights(tmp_path / "broken", 2)[key]), key
 
 
 # ---------------------------------------------------------------------------- the paper's networks, every preset
@@ -384,8 +472,8 @@ def test_every_preset_does_two_updates_of_two_tasks(script, tmp_path, name, data
     if dataset == "imagenet100":
         imagenet_files(tmp_path)
     done = script(name, "--dataset", dataset, "--batch-size", "4", "--teacher-steps", "2", "--iterations", "2",
-                  "--sample-steps", "1", "--tasks", "2", "--device", "cpu", "--data-dir", tmp_path, "--out", "run",
-                  *more, env=dict(os.environ, CL_DATA_UNVERIFIED="1"))
+                  "--draw-ahead", "2", "--sample-steps", "1", "--tasks", "2", "--device", "cpu",
+                  "--data-dir", tmp_path, "--out", "run", *more, env=dict(os.environ, CL_DATA_UNVERIFIED="1"))
     assert done.returncode == 0, done.stderr
     assert [(r["task"], r["update"]) for r in lives(tmp_path / "run")] == [(1, 1), (1, 2), (2, 1), (2, 2)]
     assert all(np.isfinite(r["loss"]) for r in lives(tmp_path / "run"))
@@ -404,6 +492,8 @@ train_gd.py --teacher-steps 1001
 train_gd.py --sample-steps 1001
 train_gd.py --teacher-steps 2.5
 train_gd.py --teacher-steps 2 --distill noise
+train_gd.py --draw-ahead 2 --distill noise
+train_gr.py --draw-ahead 0
 train_gd.py --distill everything
 train_gd.py --tasks 3
 train_gd.py --tasks 0
