@@ -192,10 +192,10 @@ def main(argv=None):
     model.to(device)
     config = dict(vars(args), updates=updates)
     folder = run.open_folder(config)
-    prev = copy.deepcopy(model).eval().requires_grad_(False)  # the model of task k-1, one module for the whole run
+    prev = args.teacher_steps and copy.deepcopy(model).eval().requires_grad_(False)  # the model of task k-1, for GR
     if args.compile:
-        model.compile(fullgraph=True, dynamic=False)
-        prev.compile(fullgraph=True, dynamic=False)
+        for net in filter(None, (model, prev)):
+            net.compile(fullgraph=True, dynamic=False)
     graphs = args.compile and device.type == "cuda" and run.world == 1
     abar = alpha_bar(args.schedule).to(device)
     state = run.latest(folder, args.tasks) or {"task": 1, "update": 0, "model": model.state_dict()}
@@ -213,7 +213,8 @@ def main(argv=None):
         # DEVIATION: as in the released runs, and unsaid in the paper, Adam starts afresh with every task and the norm
         # of the gradient is clipped at 1.
         optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True, capturable=graphs)
-        prev.load_state_dict(state.get("prev", model.state_dict()))
+        if prev:
+            prev.load_state_dict(state.get("prev", model.state_dict()))
         log = torch.zeros(n, len(LOG), device=device)  # of every update
         if state["update"]:
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]["state"]})
@@ -263,7 +264,7 @@ def main(argv=None):
             report(k, u, len(i), dict(zip(LOG, means)) or None)
             if saving:
                 run.save_checkpoint(folder, {"task": k, "update": u, "model": model.state_dict(), "log": log,
-                                             "prev": prev.state_dict(), "optimizer": optimizer.state_dict()})
+                                             "prev": prev and prev.state_dict(), "optimizer": optimizer.state_dict()})
 
         # A task is learned once its weights are saved. The picture starts from the same 64 noises in every run.
         seed("grid")

@@ -11,7 +11,9 @@ Peer     The same update on diffusers' UNet2DModel, of the same weights and outp
 Floor    FLOP of all forward passes, a backward pass counted as two, at the rate of a large matrix product of the same
          precision, measured first. It leaves out norms, activations and the optimizer.
 Columns  images/s: new images, not replayed ones. Peak MB: allocated on the device; on a CPU, of the whole process.
-         Parameters: of all nets that the process holds. Paper: Table B.1 of arXiv 2311.14028, on a GTX 1080 Ti.
+         Counted MB: 16 bytes for a learned parameter (itself, gradient, Adam), 4 for a frozen one, 2 more for each in
+         bf16, and what autograd keeps of an eager forward pass. Parameters: of all nets that the process holds. Paper: Table B.1 of arXiv
+         2311.14028, on a GTX 1080 Ti.
 Others   sample: ddim.sample of a batch; fid: features of 32x32 images by FID's network, random weights; per call.
 
     python tests/benchmark.py [--scale laptop] [--rows '*gd fp32*' '*sample*'] [--seconds 10] [--out FILE.json]
@@ -20,6 +22,7 @@ Others   sample: ddim.sample of a batch; fid: features of 32x32 images by FID's 
 import argparse
 import contextlib
 import copy
+import functools
 import gc
 import importlib
 import json
@@ -52,7 +55,8 @@ PAPER = {  # ms per update, parameters
     "fashion-mnist finetune": "253.3 ± 8.8; 42,855,873", "cifar10 finetune": "383.4 ± 95.3; 35,746,307",
     "fashion-mnist gr": "664.3 ± 3.8; 85,711,746", "cifar10 gr": "1881.8 ± 42.9; 71,492,614",
     "fashion-mnist gd": "747.9 ± 3.6; 85,711,746", "cifar10 gd": "1992.7 ± 47.6; 71,492,614"}
-HEAD = ["row", "ms", "updates", "images/s", "floor, ms", "floor / ms", "peak MB", "parameters", "paper: ms; parameters"]
+HEAD = ["row", "ms", "updates", "images/s", "floor, ms", "floor / ms", "peak MB", "counted MB", "parameters",
+        "paper: ms; parameters"]
 
 
 # --------------------------------------------------------------------------------------------- what is measured
@@ -63,12 +67,16 @@ def jobs(scale, cuda):
     from train_gd import PRESETS
     from train_jdcl import PRESETS as JDCL
 
-    def row(name, setting, batch, passes, flop, **more):  # passes and flop: of an image in an update
-        return dict(name=name, precision=setting.split()[0], batch=batch, passes=passes, flop=flop * batch, **more)
+    def row(name, setting, batch, passes, flop, net=None, images=0, frozen=0, **more):  # passes, flop: of an image
+        precision = setting.split()[0]
+        if images:  # that an update learns from
+            more["counted_mb"] = round(counted(net, precision, images, frozen) / 2**20)
+        return dict(name=name, precision=precision, batch=batch, passes=passes, flop=flop * batch, **more)
 
     def command(dataset, setting, *first):
+        precision, *compiled = setting.split()
         return [*first, "--dataset", dataset, "--scale", scale, "--class-order", "0,1|2,3", "--sample-steps", "1",
-                "--precision", *setting.replace("compile", "--compile").split()]
+                "--precision", precision, "--compile" if compiled else "--no-compile"]
 
     settings = ["fp32", "tf32", "bf16", "bf16 compile"] if cuda else ["fp32", "bf16"]
     peers = {"fp32": "fp32", "tf32": "defaults", settings[-1]: "bf16 compile"}
@@ -80,8 +88,13 @@ def jobs(scale, cuda):
         for s in settings:
             for method, (passes, *script) in methods.items():
                 name = f"{label} {method}"
-                yield dict(kind="script", command=command(dataset, s, *script, "--iterations", "1,{n}"),
-                           rows=[row(f"{name} {s}", s, B, passes, passes * flop, paper=PAPER.get(name))])
+                frozen = int(method != "finetune")
+                for more in [], ["--draw-ahead", "8" if scale == "laptop" else "1"]:  # the other one
+                    if method == "gd" or not more:
+                        yield dict(
+                            kind="script", command=command(dataset, s, *script, "--iterations", "1,{n}", *more),
+                            rows=[row(" ".join([name, s, *more]), s, B, passes, passes * flop, net, (1 + frozen) * B,
+                                      frozen, paper=PAPER.get(name))])
             if p := peers.get(s):
                 yield dict(kind="peer" if cuda or p == "fp32" else None, net=net, batch=B, steps=S, setting=p, rows=[
                     row(f"{label} {method} {p}, diffusers", "tf32" if p == "defaults" else p, B, passes, passes * flop,
@@ -94,7 +107,8 @@ def jobs(scale, cuda):
     flop = sum(cost(preset["unet"], 10)[3:])  # of an image that is denoised and classified
     for s in settings:
         yield dict(kind="script", rows=[
-            row(f"{label} jdcl {stage} {s}", s, preset["batch_size"], 2 * n, n * flop, stage=stage)
+            row(f"{label} jdcl {stage} {s}", s, preset["batch_size"], 2 * n, n * flop, preset["unet"],
+                preset["batch_size"], 3, stage=stage)
             for stage, n in (("local", 3), ("global", 4))], command=command(
                 dataset, s, "train_jdcl", "--local-iterations", "1,{n}", "--global-iterations", "{n}", "--eval-every",
                 "{n}", "--classifier-start", "0", "--replay-per-class", "100"))
@@ -102,6 +116,30 @@ def jobs(scale, cuda):
         inception_network()(torch.empty(1, 3, 299, 299))
     batch = 128 if cuda else 2
     yield dict(kind="inference", batch=batch, rows=[row("fid fp32", "fp32", batch, 1, counter.get_total_flops())])
+
+
+@functools.cache
+def counted(net, precision, images, frozen):
+    """Bytes of an update on paper, see the top; those of the activations grow by as much with each image."""
+    found = {}
+
+    def note(tensor):
+        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        kept.append(tensor)  # or else another could get its address
+        return tensor
+
+    model, sizes, kept = UNet(**NETS[net], classes=10 if "hidden" in NETS[net] else 0), [], []
+    for n in 1, 2:
+        x, t = torch.randn(n, model.in_channels, *[cost(net)[0]] * 2), torch.zeros(n, dtype=torch.int64)
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast:
+            outputs = [model(x, t), model.classify(x) if hasattr(model, "head") else None]
+        sizes.append(sum(found.values()))
+        found.clear()
+        kept.clear()
+        del outputs
+    bytes_each = 16 + 4 * frozen + (2 + 2 * frozen) * (precision == "bf16")
+    return sum(p.numel() for p in model.parameters()) * bytes_each + (sizes[1] - sizes[0]) * images
 
 
 def make_data(folder):
@@ -297,7 +335,7 @@ def work(folder, job):
 def cells(row, rate):
     """A row of the table; its numbers are added to `row`."""
     row["floor"] = 1000 * row["flop"] / rate[row["precision"]]
-    measured = ["–"] * 7
+    measured = ["–"] * 8
     if "note" not in row:
         n, ms, mb = np.array([(r["n"], r["ms"], r["mb"]) for r in row["records"]]).T
         mean = np.average(ms, weights=n)
@@ -305,6 +343,7 @@ def cells(row, rate):
         row.update(mean=mean, sd=sd, updates=int(n.sum()), peak_mb=int(mb.max()))
         measured = [f"{mean:.1f} ± {sd:.1f}", f"{row['updates']}", f"{1000 * row['batch'] / mean:.1f}",
                     f"{row['floor']:.1f}", f"{row['floor'] / mean:.0%}", f"{row['peak_mb']:,}",
+                    f"{row['counted_mb']:,}" if "counted_mb" in row else "",
                     f"{row['parameters']:,}" if "parameters" in row else ""]
     return [row["name"] + (f" ({row['note']})" if "note" in row else ""), *measured, row.get("paper") or ""]
 
