@@ -12,8 +12,8 @@ Floor    FLOP of all forward passes, a backward pass counted as two, at the rate
          precision, measured first. It leaves out norms, activations and the optimizer.
 Columns  images/s: new images, not replayed ones. Peak MB: allocated on the device; on a CPU, of the whole process.
          Counted MB: 16 bytes for a learned parameter (itself, gradient, Adam), 4 for a frozen one, 2 more for each in
-         bf16, and what autograd keeps of an eager forward pass. Parameters: of all nets that the process holds. Paper: Table B.1 of arXiv
-         2311.14028, on a GTX 1080 Ti.
+         bf16, and what autograd keeps of an eager forward pass. Parameters: of all nets that the process holds. Paper:
+         Table B.1 of arXiv 2311.14028, on a GTX 1080 Ti.
 Others   sample: ddim.sample of a batch; fid: features of 32x32 images by FID's network, random weights; per call.
 
     python tests/benchmark.py [--scale laptop] [--rows '*gd fp32*' '*sample*'] [--seconds 10] [--out FILE.json]
