@@ -319,7 +319,7 @@ def read(path):
             base="-".join([start, *options]),  # gd-2, er-100, joint, jdcl-no_kd: the name without departures
             departure=re.sub(option if options else r"-lam[\d.]+", "", c["name"]).removeprefix(start),
             order=[*METHODS, *JDCL, c["method"]].index(c["replay"] if c["method"] == "jdcl" else c["method"]),
-            name_in_paper=re.sub(r"-(bf16|tf32)(?=-|$)", "", c["name"]),  # another precision is not another row
+            name_in_paper=re.sub(r"-(bf16|tf32|fp32)(?=-|$)", "", c["name"]),  # another precision is not another row
             complete=c["scale"] == "paper" and finished and all(
                 u >= p for u, p in zip(c["updates"], record["updates_preset"] or [])))
         for metric in METRICS:  # whatever a table may ask for

@@ -13,6 +13,7 @@ well does. A run folder holds
 import argparse
 import errno
 import fcntl
+import gc
 import json
 import os
 import pickle
@@ -159,7 +160,7 @@ def pick_device(name):
         raise InputError(f"--device {name} is not there, torch sees {torch.cuda.device_count()} CUDA devices; "
                          "use --device cpu, or fewer processes")
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
         if rank:  # the first process speaks for all
@@ -177,6 +178,8 @@ def pick_speed(args, device):
     if args.precision == "auto":
         args.precision = "bf16" if fast else "fp32"
     fill(args, {"compile": fast})
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # a small buffer makes another batch in every task
 
 
 def eager(now=True):
@@ -188,7 +191,7 @@ class CUDAGraph:
     """function(*inputs), CUDA tensors, as one CUDA graph: all its kernels are launched at once.
 
     The first three calls run as usual, so that kernels are chosen and compiled, the fourth is recorded, and from then
-    on the record is played with new inputs; inputs of other shapes than the first ones run as usual. The function may
+    on the record is played with new inputs; inputs smaller than the largest so far run as usual. The function may
     not wait for the device, nor depend on anything else that changes, other than in place, but for torch's seed. The
     returned tensor holds until the next call.
     """
@@ -199,8 +202,9 @@ class CUDAGraph:
 
     def __call__(self, *inputs):
         shapes = [x.shape for x in inputs]
-        self.shapes = self.shapes or shapes
-        if shapes != self.shapes:
+        if not self.shapes or shapes > self.shapes:
+            self.shapes, self.calls, self.graph = shapes, 0, None
+        if shapes < self.shapes:
             return self.function(*inputs)
         self.calls += 1
         if self.calls <= 3:
@@ -211,6 +215,7 @@ class CUDAGraph:
             return output
         if self.graph is None:
             self.inputs, self.graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+            gc.collect()  # now, as nothing may be freed while recording
             with torch.cuda.graph(self.graph, stream=self.stream):  # computes nothing yet
                 self.output = self.function(*self.inputs)
         for mine, given in zip(self.inputs, inputs):

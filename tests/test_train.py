@@ -190,6 +190,32 @@ def test_flip_mirrors_half_of_the_images():
     assert_close(train_gr.to_x_0(u8, False), straight, rtol=0, atol=0)
 
 
+# ------------------------------------------------------------------------------------------------------ devices
+
+@pytest.mark.parametrize("name, index", [("auto", 0), ("cuda", 0), ("cuda:0", 0), ("cuda:2", 2)])
+def test_cuda_by_any_name_is_one_that_torch_takes(monkeypatch, name, index):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append)
+    assert run.pick_device(name).type == "cuda"
+    assert chosen == [index]
+
+
+@pytest.mark.parametrize("asked, has_bf16, found", [
+    ("", True, ("bf16", True)), ("", False, ("fp32", False)), ("--precision fp32 --no-compile", True, ("fp32", False)),
+    ("--precision tf32", True, ("tf32", True)), ("--precision bf16", False, ("bf16", False)),
+    ("--no-compile", True, ("bf16", False)), ("--compile", False, ("fp32", True))])
+def test_what_is_fast_is_the_default_where_the_gpu_has_it(monkeypatch, asked, has_bf16, found):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16 or including_emulation)
+    args = train_gd.get_args(asked.split())
+    run.pick_speed(args, torch.device("cuda"))
+    assert (args.precision, args.compile) == found
+    args = train_gd.get_args([])
+    run.pick_speed(args, torch.device("cpu"))
+    assert (args.precision, args.compile) == ("fp32", False)
+
+
 # --------------------------------------------------------------------------------------- the scripts' parallelism
 
 METHOD = """train_gr train_gd Section model+learns 1/k replay distill lam prev noise finetun joint buffer kept keep
@@ -260,7 +286,7 @@ def start(tmp_path, *arguments):
 
 def wait_for(folder, task, update):
     """Wait until the run has done this update, as metrics.jsonl tells."""
-    for _ in range(1200):
+    for _ in range(6000):
         if (folder / "metrics.jsonl").exists():
             lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
             records = [json.loads(line) for line in lines if line[-1] == "\n"]
@@ -422,17 +448,22 @@ def test_cuda_graphs_follow_what_runs_kernel_by_kernel(script, tmp_path, name, m
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_a_run_on_cuda_goes_on_bitwise(script, tmp_path):
-    command = ["train_gd.py", "--dataset", "shapes", "--scale", "laptop", "--device", "cuda", "--tasks", "2",
-               "--iterations", "20", "--draw-ahead", "8", "--save-every", "7"]
+def test_a_run_on_cuda_goes_on(script, tmp_path):
+    """The same updates; not bitwise, as cuDNN chooses the fastest kernels of the moment."""
+    command = ["train_gd.py", *TINY[:-1], "cuda", "--tasks", "2", "--iterations", "20", "--draw-ahead", "8",
+               "--save-every", "7", "--precision", "fp32"]
     assert script(*command, "--out", "unbroken", timeout=900).returncode == 0
     process = start(tmp_path, *command, "--out", "broken")
-    wait_for(tmp_path / "broken", 2, 9)
-    process.kill()
-    process.communicate(timeout=60)
+    try:
+        wait_for(tmp_path / "broken", 2, 9)
+    finally:
+        process.kill()
+        process.communicate(timeout=60)
     assert script(*command, "--out", "broken", timeout=900).returncode == 0
-    for key, value in weights(tmp_path / "unbroken", 2).items():
-        assert torch.equal(value, weights(tmp_path / "broken", 2)[key]), key
+    for one, two in zip(lives(tmp_path / "unbroken"), lives(tmp_path / "broken")):
+        assert (one["task"], one["update"]) == (two["task"], two["update"])
+        for key in ("loss_new", "loss_replay"):
+            assert one[key] == pytest.approx(two[key], rel=0.02, abs=1e-4)
 
 
 # ---------------------------------------------------------------------------- the paper's networks, every preset
