@@ -66,6 +66,7 @@ def jobs(scale, cuda):
     from eval_fid import inception_network
     from train_gd import PRESETS
     from train_jdcl import PRESETS as JDCL
+    from train_jdcl import Separate
 
     def row(name, setting, batch, passes, flop, net=None, images=0, frozen=0, **more):  # passes, flop: of an image
         precision = setting.split()[0]
@@ -104,14 +105,19 @@ def jobs(scale, cuda):
                 yield dict(kind="inference", net=net, batch=batch, steps=steps, setting=s, rows=[
                     row(f"{label} sample, {steps} steps, {s}", s, batch, steps, steps * flop)])
     preset = JDCL[scale, dataset]  # CIFAR-10, or the laptop's Fashion-MNIST
-    flop = sum(cost(preset["unet"], 10)[3:])  # of an image that is denoised and classified
+    net, B = preset["unet"], preset["batch_size"]
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        separate = Separate(10, 16 if scale == "laptop" else 64, **NETS[net])
+        separate.classify(torch.empty(1, separate.in_channels, *[cost(net)[0]] * 2))
     for s in settings:
-        yield dict(kind="script", rows=[
-            row(f"{label} jdcl {stage} {s}", s, preset["batch_size"], 2 * n, n * flop, preset["unet"],
-                preset["batch_size"], 3, stage=stage)
-            for stage, n in (("local", 3), ("global", 4))], command=command(
-                dataset, s, "train_jdcl", "--local-iterations", "1,{n}", "--global-iterations", "{n}", "--eval-every",
-                "{n}", "--classifier-start", "0", "--replay-per-class", "100"))
+        for name, more, flop in (("jdcl", [], sum(cost(net, 10)[3:])),  # of an image that is denoised and classified
+                                 ("jdcl separate", ["--separate"], cost(net)[3] + counter.get_total_flops())):
+            held = () if more else (net, B, 3)
+            yield dict(kind="script", rows=[
+                row(f"{label} {name} {stage} {s}", s, B, 2 * n, n * flop, *held, stage=stage)
+                for stage, n in (("local", 3), ("global", 4))], command=command(
+                    dataset, s, "train_jdcl", "--local-iterations", "1,{n}", "--global-iterations", "{n}",
+                    "--eval-every", "{n}", "--classifier-start", "0", "--replay-per-class", "100", *more))
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         inception_network()(torch.empty(1, 3, 299, 299))
     batch = 128 if cuda else 2
@@ -163,7 +169,7 @@ def script(job):
     module, save, held = importlib.import_module(name), run.save, []
 
     def save_and_count(path, state):
-        nets = [net for net in gc.get_objects() if type(net) is UNet]
+        nets = [net for net in gc.get_objects() if isinstance(net, UNet)]
         held.append(sum(p.numel() for net in nets for p in net.parameters()))
         save(path, state)
 

@@ -20,7 +20,7 @@ import train_gr
 import train_jdcl
 from data import quantize
 from ddim import alpha_bar, sample, seed
-from run import InputError, spread
+from run import InputError, pick_speed, spread
 from unet import NETS, UNet
 
 SEEDS = (42, 69, 1714)
@@ -37,6 +37,7 @@ def make(root, argv, seed=42, fid=None, kld=1.0, frd=100.0, share_old=0.5, acc=N
     last task; only the weights are missing. Returns the folder."""
     script, *argv = argv.split()
     args = {"gr": train_gr, "gd": train_gd}[script].get_args([*argv, "--seed", str(seed)])
+    pick_speed(args, torch.device("cpu"))
     per_task = {"fashion-mnist": 9400, "cifar10": 31400}[args.dataset] if args.scale == "paper" else 100
     updates = [per_task * (k if args.replay == "all" else 1) for k in range(1, args.tasks + 1)]
     updates = args.iterations * args.tasks or updates
@@ -90,6 +91,7 @@ def make_jdcl(root, argv="", seed=42, final=0.8, done=None, ms=(100, 200)):
     """The folder of a run of train_jdcl.py. Each task's images are right at 0.9 until after the last task: at `final`,
     but those of the first at 0.01 more, of the second at 0.01 less."""
     args = train_jdcl.get_args([*argv.split(), "--seed", str(seed)])
+    pick_speed(args, torch.device("cpu"))
     K, one = args.tasks, args.replay != "generated" or args.one_stage
     stages = [(["global"] if k and args.one_stage else ["local"]) + ["global"] * (k > 0 and not one) for k in range(K)]
     sizes = dict(local=spread(args.local_iterations, K), **{"global": [0, *spread(args.global_iterations, K - 1)]})
