@@ -1,7 +1,7 @@
-"""What a run is, and nothing of what it computes: arguments, folder, resume, save, stop, progress.
+"""What a run is, and nothing of what it computes: arguments, speed, processes, folder, resume, save, stop, progress.
 
-A line that could change a number in a paper's table does not stand here; a line that an MNIST classifier would need as
-well does. A run folder holds
+A line that could change a number in a paper's table does not stand here (but what --precision auto is); a line that an
+MNIST classifier would need as well does. A run folder holds
 
     config.json          every argument, written before the first update
     metrics.jsonl        one JSON object a line, a record every few updates
