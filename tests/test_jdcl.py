@@ -964,6 +964,20 @@ def test_a_whole_run_by_subprocess(script, tmp_path, monkeypatch, capsys):
     assert {path: path.read_bytes() for path in before} == before
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("more", [[], ["--labels", "0.05"], ["--one-stage"], ["--separate"], ["--no-kd", "--flip"]])
+def test_a_run_on_cuda(script, tmp_path, more):
+    """The default, in bf16 and compiled, and the plain path."""
+    command = [flag if flag != "cpu" else "cuda" for flag in (*TINY, *REPLAY, *more)]
+    command += STAGE_2 if "--one-stage" not in more else []
+    command[command.index("9")] = "16"
+    for out, flags in ("default", []), ("plain", ["--precision", "fp32", "--no-compile"]):
+        done = script("train_jdcl.py", *command, *flags, "--out", out, timeout=900)
+        assert done.returncode == 0, done.stderr
+    for one, two in zip(records(tmp_path / "default", 1), records(tmp_path / "plain", 1)):
+        assert one["denoise"] == pytest.approx(two["denoise"], rel=0.1)
+
+
 # ----------------------------------------------------------------------------------------------- killed and resumed
 
 def stop_inside(folder, flags, name, call, how):
