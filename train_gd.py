@@ -60,7 +60,7 @@ def get_args(argv=None):
         help="on DDIM samples of the previous model (GD), on the current images (LwF-like), or on Gaussian noise")
     add("--lambda", "--lambd", dest="lam", type=run.positive(float), help="of the distillation (paper: 0.75, 1.25, 8)")
     add("--teacher-steps", type=run.positive(int, T), help="DDIM steps of the previous model (paper: 2, CIFAR-10 10)")
-    add("--draw-ahead", type=run.positive(int, 1e4), help="updates whose replay is drawn in one batch (default: 8)")
+    add("--draw-ahead", type=run.positive(int, 1e4), help="replay is drawn for so many updates (default: 8, laptop 1)")
     add("--scale", default="paper", choices=["paper", "laptop"], help="the paper's run, or minutes at 16x16")
     add("--tasks", type=run.positive(int), help="number of tasks the classes are split into (paper: 5)")
     add("--class-order", help="random (by the seed, as the paper), natural, or '0,1|2,7' states the tasks")

@@ -60,7 +60,7 @@ def get_args(argv=None):
         help="samples of the previous model (GR), kept images (ER), nothing (finetune), all data so far (joint)")
     add("--buffer-size", type=run.positive(int), help="images the buffer holds in total (paper: 10, 100, 1000)")
     add("--teacher-steps", type=run.positive(int, T), help="DDIM steps of the previous model (paper: 2, CIFAR-10 10)")
-    add("--draw-ahead", type=run.positive(int, 1e4), help="updates whose replay is drawn in one batch (default: 8)")
+    add("--draw-ahead", type=run.positive(int, 1e4), help="replay is drawn for so many updates (default: 8, laptop 1)")
     add("--scale", default="paper", choices=["paper", "laptop"], help="the paper's run, or minutes at 16x16")
     add("--tasks", type=run.positive(int), help="number of tasks the classes are split into (paper: 5)")
     add("--class-order", help="random (by the seed, as the paper), natural, or '0,1|2,7' states the tasks")

@@ -366,14 +366,14 @@ def main(folder):
     args = parser.parse_args()
     device = run.pick_device(args.device)
     cuda = device.type == "cuda"
-    todo = list(jobs(args.scale or ("paper" if cuda else "laptop"), cuda))
-    names = [row["name"] for job in todo for row in job["rows"]]
+    planned = list(jobs(args.scale or ("paper" if cuda else "laptop"), cuda))
+    names = [row["name"] for job in planned for row in job["rows"]]
     chosen = {name for name in names for pattern in args.rows if fnmatch(name, pattern)}
     if not chosen:
         parser.error(f"--rows {' '.join(args.rows)} matches none of: {'; '.join(names)}")
-    for job in todo:
+    for job in planned:
         job["rows"] = [row for row in job["rows"] if row["name"] in chosen]
-    todo = [job for job in todo if job["rows"]]
+    planned = [job for job in planned if job["rows"]]
 
     cpu = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
@@ -385,7 +385,7 @@ def main(folder):
     save(found)  # if that cannot be, it is told now
     make_data(folder / "data")
     common = dict(device=str(device), seconds=args.seconds, warm=10 if cuda else 1)
-    precisions = sorted({row["precision"] for job in todo for row in job["rows"]})
+    precisions = sorted({row["precision"] for job in planned for row in job["rows"]})
     products = work(folder, dict(common, kind="rates", rows=[dict(name=precision) for precision in precisions]))
     if "note" in products[-1]:
         raise run.InputError(f"{device} fails at a matrix product: {products[-1]['note']}")
@@ -394,7 +394,7 @@ def main(folder):
           + "; matrix products in TFLOP/s: "
           + ", ".join(f"{precision} {value / 1e12:.3g}" for precision, value in rate.items())
           + f"\n\n| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}", flush=True)
-    for job in todo:
+    for job in planned:
         for row in job["rows"]:  # a guess: an update takes twice its floor, and 5 ms a pass to launch kernels
             guess = 2 * row["flop"] / rate[row["precision"]] + 0.005 * row["passes"] * cuda
             row["n"] = args.updates or max(3, min(1000, int(args.seconds / guess)))
