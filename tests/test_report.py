@@ -249,7 +249,7 @@ def test_shortened_runs_stand_apart(tmp_path):
     assert "Complete" not in text and "difference" not in text.replace(report.INTRODUCTION, "")
     laptop = "Shortened: Fashion-MNIST, laptop scale, 16x16, 3 tasks"
     assert column(text, laptop, GD, "↓ FID") == ["20.0 (1)"]
-    assert column(text, laptop, GD, UPDATES) == ["300 of 700"]
+    assert column(text, laptop, GD, UPDATES) == ["300 of 900"]
     assert column(text, laptop, GD, "command") == ["`python train_gd.py --scale laptop`"]
     paper = "Shortened: Fashion-MNIST, paper scale, 32x32, 5 tasks"
     assert column(text, paper, GD, "↑ old classes, %", "`gd-2`", "3 of 5") == ["25.0 (1)"]
