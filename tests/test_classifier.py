@@ -216,8 +216,7 @@ def ends_with_a_sentence(capfd, arguments):
     return error
 
 
-def test_a_run_by_subprocess_twice_and_with_other_settings(script, capfd, monkeypatch, tmp_path, fake):
-    monkeypatch.chdir(tmp_path)
+def test_a_run_by_subprocess_and_again_and_with_other_settings(script, main, tmp_path, fake):
     folder = fake("run")
     done = script("train_classifier.py", "run", *QUICK)
     assert done.returncode == 0, done.stderr
@@ -232,18 +231,18 @@ def test_a_run_by_subprocess_twice_and_with_other_settings(script, capfd, monkey
     assert not list(folder.glob("*.tmp"))
 
     before = (folder / "classifier.json").read_bytes()
-    train_classifier.main(["run", *QUICK])
-    assert "finished" in capfd.readouterr().out
-    error = ends_with_a_sentence(capfd, ["run", *QUICK, "--replay-loss", "reversed"])
-    assert "replay_loss was paper and is reversed" in error and "--restart" in error
+    assert "finished" in main("train_classifier.py", "run", *QUICK).stdout
+    refused = main("train_classifier.py", "run", *QUICK, "--replay-loss", "reversed")
+    assert refused.returncode == 2 and "--restart" in refused.stderr
+    assert "replay_loss was paper and is reversed" in refused.stderr
     assert (folder / "classifier.json").read_bytes() == before
 
     same = result_of(folder)
     (folder / "classifier.json").write_text(json.dumps(dict(result, accuracy=result["accuracy"][:1])))  # as if killed
-    again = script("train_classifier.py", "run", *QUICK)
+    again = main("train_classifier.py", "run", *QUICK)
     assert again.returncode == 0 and "starting over" in again.stdout
     assert result_of(folder) == same, "the same command gives the same numbers"
-    train_classifier.main(["run", *QUICK, "--replay-loss", "reversed", "--restart"])
+    assert main("train_classifier.py", "run", *QUICK, "--replay-loss", "reversed", "--restart").returncode == 0
     other = result_of(folder)
     assert other["protocol"] == dict(same["protocol"], replay_loss="reversed")
     assert other["correct"][0] == same["correct"][0] and other["last_losses"][1] != same["last_losses"][1]
@@ -290,8 +289,8 @@ def test_a_run_written_out_by_hand(fake):
     assert_close(result["correct"][1], [right[test_labels // 2 == j].sum().item() for j in (0, 1)], rtol=0, atol=20)
 
 
-def test_the_upper_target_by_subprocess(script, tmp_path):
-    done = script("train_classifier.py", "--replay", "all", "--dataset", "shapes", "--scale", "laptop", *QUICK)
+def test_the_upper_target(main, tmp_path):
+    done = main("train_classifier.py", "--replay", "all", "--dataset", "shapes", "--scale", "laptop", *QUICK)
     assert done.returncode == 0, done.stderr
     result = result_of(tmp_path / "runs/shapes/classifier-joint-iterations3_2-laptop/seed42")
     assert result["protocol"]["class_tasks"] == [[0, 1], [2, 3], [4, 5]] and result["protocol"]["replay"] == "all"
@@ -367,9 +366,9 @@ def test_bad_runs(capfd, monkeypatch, tmp_path, fake):
     assert "is damaged" in ends_with_a_sentence(capfd, ["nan", *QUICK])
 
 
-def test_bad_input_by_subprocess(script, tmp_path, fake):
+def test_bad_input(script, main, tmp_path, fake):
     fake("unfinished", tasks=1)
-    for arguments in (["nowhere"], ["unfinished"], ["--replay", "all", "--steps", "2"]):
-        done = script("train_classifier.py", *arguments)
+    for command, *arguments in ((script, "nowhere"), (main, "unfinished"), (main, "--replay", "all", "--steps", "2")):
+        done = command("train_classifier.py", *arguments)
         assert done.returncode == 2 and "error:" in done.stderr and "Traceback" not in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["unfinished"]

@@ -347,14 +347,14 @@ def test_a_bad_weights_file_is_refused(tmp_path):
         eval_fid.weights("--weights", tmp_path / "nothing", SHA256, ["http://127.0.0.1:9/x"])
 
 
-def test_a_pickle_that_runs_code_is_not_opened(script, tmp_path):
+def test_a_pickle_that_runs_code_is_not_opened(main, tmp_path):
     class Malicious:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "executed"),)
     torch.save({"model": Malicious()}, tmp_path / "bad.pth")
     np.save(tmp_path / "x.npy", np.zeros((4, 8, 8), np.uint8))
-    done = script("eval_fid.py", "x.npy", "--reference", "shapes", "--inception-weights", "bad.pth",
-                  "--save-stats", "s.npz")
+    done = main("eval_fid.py", "x.npy", "--reference", "shapes", "--inception-weights", "bad.pth",
+                "--save-stats", "s.npz")
     assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "s.npz").exists()
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "bad.pth" in done.stderr
     assert not (tmp_path / "executed").exists()
@@ -804,10 +804,10 @@ def test_fid_missing_from_a_paper_scale_run_is_said(labelled, small, tmp_path, c
     assert all(r["fid"] > 0 for r in labelled(folder))  # measured once they are there
 
 
-def test_bad_weights_asked_for_end_an_evaluation(script, tmp_path, home, small):
+def test_bad_weights_asked_for_end_an_evaluation(main, tmp_path, home, small):
     make_run(tmp_path / "run", small)
     (tmp_path / "bad.pth").write_bytes(b"<html></html>")
-    done = script("eval_fid.py", "run", "--inception-weights", "bad.pth", "--labeller-path", home / LABELLER)
+    done = main("eval_fid.py", "run", "--inception-weights", "bad.pth", "--labeller-path", home / LABELLER)
     assert done.returncode == 2 and done.stderr.startswith("error: bad.pth") and done.stderr.count("\n") == 1
     assert done.stdout == "" and not (tmp_path / "run" / "eval.json").exists()
 

@@ -1061,7 +1061,7 @@ def zeros(model):
     return sum(bool((layer.weight == 0).all()) for layer in last), len(last)
 
 
-@pytest.mark.parametrize("name, classes, batches, updates", [("jdcl-cifar", 10, [(4, 32), (4, 32)], 2),
+@pytest.mark.parametrize("name, classes, batches, updates", [("jdcl-cifar", 10, [(2, 32), (2, 32)], 2),
                                                              ("jdcl-imagenet100", 100, [(1, 64), (2, 16)], 1)])
 def test_the_papers_networks_at_full_size(name, classes, batches, updates):
     """Both stages learn; ImageNet's net does one update of each, of stage 2 on smaller images."""
