@@ -1,4 +1,5 @@
-"""Shared by all tests: one thread (two are slower when anything else runs), the repository on the path, a helper."""
+"""Shared by all tests: one thread (two are slower when anything else runs), the repository on the path, the
+scripts run by subprocess or in this process, and a tally."""
 
 import collections
 import importlib
@@ -8,8 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1",  # also for the scripts we start
-                  TORCHINDUCTOR_COMPILE_THREADS="1")
+os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")  # also for the scripts we start
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 

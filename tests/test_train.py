@@ -1,10 +1,9 @@
-"""The losses of train_gr.py and train_gd.py, their presets, and whole runs by subprocess, killed and resumed.
+"""The losses of train_gr.py and train_gd.py, their presets, and whole runs, killed and resumed.
 
 Run: python -m pytest tests/test_train.py
 """
 
 import difflib
-import functools
 import json
 import os
 import pickle
@@ -17,7 +16,6 @@ import time
 import numpy as np
 import pytest
 import torch
-import torch._dynamo
 from conftest import ROOT
 from PIL import Image
 from torch.testing import assert_close
@@ -395,22 +393,26 @@ def test_what_is_drawn_ahead(main, monkeypatch, module):
 
 @pytest.mark.parametrize("backend, channels, arguments, graphs", [
     # The student at B and 2 B, the teacher at 2 B, to draw, and at B; no code is made for them, as that takes minutes.
-    ("aot_eager", (8, 16), ["train_gd.py", "--tasks", "2", "--draw-ahead", "2"], 4),
-    ("inductor", (8,), ["train_gr.py", "--tasks", "1", "--replay", "none"], 1)])
-def test_a_compiled_run_follows_an_eager_one(main, monkeypatch, tmp_path, backend, channels, arguments, graphs):
-    """Each shape is compiled once, but for the picture's and the short last batch of an epoch, and in one piece."""
-    few = [x[:60] for x in data.load_images("shapes", "train", "data", 16)]
-    monkeypatch.setattr(data, "load_images", lambda *which: few)
-    monkeypatch.setitem(NETS["laptop"], "channels", channels)
-    with_backend = functools.partialmethod(torch.nn.Module.compile, backend=backend)
-    monkeypatch.setattr(torch.nn.Module, "compile", with_backend)
-    for flag in "--compile", "--no-compile":
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        done = main(*arguments[:1], *TINY, *arguments[1:], "--class-order", "natural", "--iterations", "9", flag,
-                    "--out", flag[2:])
-        assert done.returncode == 0, done.stderr
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (graphs if flag == "--compile" else 0)
+    ("aot_eager", (8, 16), ["train_gd", "--tasks", "2", "--draw-ahead", "2"], 4),
+    ("inductor", (8,), ["train_gr", "--tasks", "1", "--replay", "none"], 1)])
+def test_a_compiled_run_follows_an_eager_one(tmp_path, backend, channels, arguments, graphs):
+    """Each shape is compiled once, but for the picture's and the short last batch of an epoch, and in one piece. In a
+    process of its own, as one that has compiled cannot be forked, which tests/test_faults.py does."""
+    (tmp_path / "small.py").write_text(f"""
+import functools, sys, torch, torch._dynamo, data, unet, {arguments[0]} as script
+few = data.load_images("shapes", "train", "data", 16)
+data.load_images = lambda *which: [x[:60] for x in few]
+unet.NETS["laptop"]["channels"] = {channels}
+torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend="{backend}")
+for flag in "--no-compile", "--compile":
+    script.main([*sys.argv[1:], flag, "--out", flag[2:]])
+    print("compiled:", torch._dynamo.utils.counters["stats"]["unique_graphs"])
+""")
+    command = [sys.executable, "small.py", *TINY, *arguments[1:], "--class-order", "natural", "--iterations", "9"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500,
+                          env=dict(os.environ, PYTHONPATH=str(ROOT)))
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"compiled: (\d+)", done.stdout) == ["0", str(graphs)]
     for one, two in zip(lives(tmp_path / "compile"), lives(tmp_path / "no-compile")):
         for key in ("loss_new", "loss_replay", "gradient_norm"):
             assert one[key] == pytest.approx(two[key], rel=0.02, abs=1e-4)
