@@ -207,13 +207,10 @@ def result_of(folder):
     return {key: value for key, value in result.items() if key not in ("seconds", "device", "versions", "command")}
 
 
-def ends_with_a_sentence(capfd, arguments):
-    with pytest.raises(SystemExit) as leaving:
-        run.main(lambda: train_classifier.main([str(a) for a in arguments]))
-    error = capfd.readouterr().err
-    assert leaving.value.code == 2, error
-    assert "error:" in error and "Traceback" not in error
-    return error
+def ends_with_a_sentence(command, arguments):  # main or script
+    done = command("train_classifier.py", *arguments)
+    assert done.returncode == 2 and "error:" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    return done.stderr
 
 
 def test_a_run_by_subprocess_and_again_and_with_other_settings(script, main, tmp_path, fake):
@@ -232,9 +229,8 @@ def test_a_run_by_subprocess_and_again_and_with_other_settings(script, main, tmp
 
     before = (folder / "classifier.json").read_bytes()
     assert "finished" in main("train_classifier.py", "run", *QUICK).stdout
-    refused = main("train_classifier.py", "run", *QUICK, "--replay-loss", "reversed")
-    assert refused.returncode == 2 and "--restart" in refused.stderr
-    assert "replay_loss was paper and is reversed" in refused.stderr
+    error = ends_with_a_sentence(main, ["run", *QUICK, "--replay-loss", "reversed"])
+    assert "replay_loss was paper and is reversed" in error and "--restart" in error
     assert (folder / "classifier.json").read_bytes() == before
 
     same = result_of(folder)
@@ -328,47 +324,45 @@ def test_passes_of_the_upper_target_are_over_all_tasks_so_far(tmp_path, monkeypa
     --replay all --seed one
     --replay all --device tpu
     --replay all --unknown""".strip().splitlines()])
-def test_bad_arguments(capfd, monkeypatch, tmp_path, tally, arguments):
-    monkeypatch.chdir(tmp_path)
-    ends_with_a_sentence(capfd, arguments.split())
+def test_bad_arguments(main, tmp_path, tally, arguments):
+    ends_with_a_sentence(main, arguments.split())
     assert not any(tmp_path.iterdir()), "no folder is made"
     tally["bad commands refused"] += 1
 
 
-def test_bad_runs(capfd, monkeypatch, tmp_path, fake):
+def test_bad_runs(main, tmp_path, fake):
     """Each is refused before a classifier.json is begun; the one that draws NaN only shows it in task 2."""
-    monkeypatch.chdir(tmp_path)
     folder = fake("run")
     for flag, value in zip(("dataset", "scale", "seed", "tasks", "class-order"), ("shapes", "laptop", 1, 2, "natural")):
-        assert f"--{flag} does nothing for a run" in ends_with_a_sentence(capfd, ["run", f"--{flag}", value])
-    assert "at most 1000" in ends_with_a_sentence(capfd, ["run", "--steps", 1001])
+        assert f"--{flag} does nothing for a run" in ends_with_a_sentence(main, ["run", f"--{flag}", value])
+    assert "at most 1000" in ends_with_a_sentence(main, ["run", "--steps", 1001])
     good = (folder / "task2.pt").read_bytes()
     for bad in (good[:-5000], good[:5000] + bytes([good[5000] ^ 1]) + good[5001:], b"", b"<html>not found</html>"):
         (folder / "task2.pt").write_bytes(bad)
-        assert "task2.pt" in ends_with_a_sentence(capfd, ["run", *QUICK])
+        assert "task2.pt" in ends_with_a_sentence(main, ["run", *QUICK])
     torch.save({"model": {"w": torch.zeros(1)}}, folder / "task2.pt")
-    assert "does not hold the network" in ends_with_a_sentence(capfd, ["run", *QUICK])
+    assert "does not hold the network" in ends_with_a_sentence(main, ["run", *QUICK])
     torch.save([1, 2], folder / "task2.pt")
-    assert "does not hold the network" in ends_with_a_sentence(capfd, ["run", *QUICK])
+    assert "does not hold the network" in ends_with_a_sentence(main, ["run", *QUICK])
     (folder / "task2.pt").unlink()
-    assert "not finished, task2.pt is missing" in ends_with_a_sentence(capfd, ["run", *QUICK])
+    assert "not finished, task2.pt is missing" in ends_with_a_sentence(main, ["run", *QUICK])
     for bad in ("{", "[]", "{}", json.dumps(dict(json.loads((folder / "config.json").read_text()), unet="resnet"))):
         (folder / "config.json").write_text(bad)
-        assert "is no run of train_gr.py" in ends_with_a_sentence(capfd, ["run", *QUICK])
+        assert "is no run of train_gr.py" in ends_with_a_sentence(main, ["run", *QUICK])
     (folder / "config.json").unlink()
-    ends_with_a_sentence(capfd, ["run", *QUICK])
+    ends_with_a_sentence(main, ["run", *QUICK])
     assert sorted(p.name for p in folder.iterdir()) == ["task1.pt"]
 
     fake("nan", broken=1)
-    assert "task1.pt draws broken images" in ends_with_a_sentence(capfd, ["nan", *QUICK])
+    assert "task1.pt draws broken images" in ends_with_a_sentence(main, ["nan", *QUICK])
     assert len(result_of(tmp_path / "nan")["accuracy"]) == 1, "what was measured before stays, and nothing is added"
     (tmp_path / "nan/classifier.json").write_text("{")
-    assert "is damaged" in ends_with_a_sentence(capfd, ["nan", *QUICK])
+    assert "is damaged" in ends_with_a_sentence(main, ["nan", *QUICK])
 
 
 def test_bad_input(script, main, tmp_path, fake):
     fake("unfinished", tasks=1)
-    for command, *arguments in ((script, "nowhere"), (main, "unfinished"), (main, "--replay", "all", "--steps", "2")):
-        done = command("train_classifier.py", *arguments)
-        assert done.returncode == 2 and "error:" in done.stderr and "Traceback" not in done.stderr
+    ends_with_a_sentence(script, ["nowhere"])
+    ends_with_a_sentence(main, ["unfinished"])
+    ends_with_a_sentence(main, ["--replay", "all", "--steps", "2"])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["unfinished"]

@@ -1217,13 +1217,8 @@ BAD = """
 
 
 @pytest.mark.parametrize("arguments", BAD)
-def test_bad_arguments_end_with_a_sentence_and_code_2(capfd, monkeypatch, tmp_path, tally, arguments):
-    """Through run.main in this process, as the script's last line does."""
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as leaving:
-        run.main(lambda: train_jdcl.main(arguments.split()))
-    error = capfd.readouterr().err
-    assert leaving.value.code == 2, error
-    assert error.count("error:") == 1 and "Traceback" not in error
+def test_bad_arguments_end_with_a_sentence_and_code_2(main, tmp_path, tally, arguments):
+    done = main("train_jdcl.py", *arguments.split())
+    assert done.returncode == 2 and done.stderr.count("error:") == 1 and "Traceback" not in done.stderr, done.stderr
     assert not any(tmp_path.iterdir()), "no folder is made for a run that cannot start"
     tally["bad commands refused"] += 1
