@@ -1,5 +1,5 @@
 """Shared by all tests: one thread (two are slower when anything else runs), the repository on the path, the
-scripts run by subprocess or in this process, and a tally."""
+scripts by subprocess or in this process, and a tally."""
 
 import collections
 import importlib
@@ -25,10 +25,10 @@ torch.set_num_threads(1)
 def script(tmp_path):
     """script("train_gd.py", "--scale", "laptop", ...) runs it as a person would, from an empty folder, and returns the
     finished process with its output as text."""
-    def run(name, *arguments, timeout=300, **more):
+    def run_script(name, *arguments, timeout=300, **more):
         command = [sys.executable, str(ROOT / name), *map(str, arguments)]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=timeout, **more)
-    return run
+    return run_script
 
 
 @pytest.fixture
