@@ -22,8 +22,8 @@ from torch import nn
 T = 1000  # diffusion steps
 
 
-def seed(*key):
-    """Seed torch's generators for the random stream named by `key`, such as seed(42, "noise", task, update).
+def reseed(*key):
+    """Start the random stream named by `key` in torch's generators, such as reseed(42, "noise", task, update).
 
     Each stream depends on its own key and on nothing drawn before, so a resumed run, an extra picture or a second
     device moves no other stream. Keys are ints and strings. torch's CPU generator knows 2^32 streams, so that a few of

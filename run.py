@@ -1,25 +1,30 @@
 """What a run is, and nothing of what it computes: arguments, speed, processes, folder, resume, save, stop, progress.
 
-A line that could change a number in a paper's table does not stand here (but what --precision auto is); a line that an
-MNIST classifier would need as well does. A run folder holds
+A line that could change a number in a paper's table does not stand here (but what --precision auto means); a line that
+a classifier of MNIST would need as well does. A run folder holds
 
-    config.json          every argument, written before the first update
+    config.json          every argument and what follows from it, written before the first update
     metrics.jsonl        one JSON object a line, a record every few updates
     samples/task<k>.png  a picture after each task
-    task<k>.pt           {"model": state dict, "config": dict} after each task, all that later steps need
-    checkpoint.pt        inside a task: models, optimizer, position; checkpoint.old.pt is the one before
+    task<k>.pt           after each task {"task", "model": state dict, "memory", "config"}
+    checkpoint.pt        inside a task the same and whatever else an unbroken run would know; checkpoint.old.pt is older
+
+"memory" is a dict for what a method keeps of old tasks beside its model: a buffer, importances, prototypes. It may hold
+tensors, numbers, strings, lists and dicts. `latest` gives back the whole content of the newest of these files, so that
+a run resumed inside a task or between two tasks knows what an unbroken one would.
 """
 
 import argparse
 import errno
-import fcntl
 import gc
+import importlib.util
 import json
+import math
 import os
 import pickle
 import re
-import resource
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -31,11 +36,22 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, SoftFileLock, Timeout
+from PIL import Image
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
-MACHINE = ("data_dir", "out", "device", "compile", "save_every", "restart", "command", "torch",
-           "processes")  # not the mathematics
-rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun tells the process
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+FORMAT = 2  # of a run folder: what another version has made is refused
+TYPED = ("data_dir", "out", "device", "compile", "save_every", "restart")  # arguments that change no number,
+MACHINE = ("command", "torch", "processes", "threads", "processor")        # and what else is noted of a start
+rank, world = 0, 1  # this process and how many there are, as torchrun says it
+if "TORCHELASTIC_RUN_ID" in os.environ:
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 locks, signals = [], []  # of this process: the run folders it holds, the signals that asked it to stop
 last_save = time.monotonic()
 
@@ -44,51 +60,64 @@ class InputError(ValueError):
     """A person's mistake, told in one sentence that says what to do; `main` prints it and exits with code 2."""
 
 
-class LostProcess(RuntimeError):
-    """Another process of the run has ended."""
-
-
 def main(function):
     """Run a script's main: a person's mistake ends it with one sentence and exit code 2, never with a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a console of few letters shows ? for the others
     try:
         function()
         if dist.is_initialized():
             dist.destroy_process_group()
         return
     except InputError as error:
-        if rank:  # the first process tells it, and all meet with it
-            sys.exit(2)
-        sentence, code = f"error: {error}", 2
-    except LostProcess as error:
-        if signals:
-            sys.exit(128 + signals[0])
-        sentence, code = f"error: process {rank}: {error}", 2
+        sentence = f"error: {error}"
     except torch.OutOfMemoryError:
-        sentence, code = "error: out of device memory; lower --batch-size or use --precision bf16", 2
+        sentence = "error: out of device memory; lower --batch-size or use --precision bf16"
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOENT):
             raise
-        sentence, code = f"error: {error}; make room or mend the folder, and the same command goes on", 2
-    except KeyboardInterrupt:
-        sentence, code = "stopped", 130
+        sentence = f"error: {error}; make room or mend the folder, and the same command goes on"
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):
             raise
-        sentence, code = "error: out of memory; lower --batch-size", 2
-    print(sentence, file=sys.stderr)
-    sys.exit(code)
+        sentence = "error: out of memory; lower --batch-size"
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    if not rank:  # all processes meet with the same error, and the first one tells it
+        print(sentence, file=sys.stderr)
+    sys.exit(2)
 
 
 # -------------------------------------------------------------------------------------------------- arguments
 
-def add_arguments(parser):
-    """The arguments that say where and how a run happens, the same for every train script."""
-    parser.add_argument("--data-dir", default="data", help="where the dataset lies or is downloaded to (default: data)")
-    parser.add_argument("--out", help="the run folder itself (default: runs/<dataset>/<name>/seed<seed>)")
-    parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda or cuda:<i>")
-    parser.add_argument("--save-every", type=interval, default=("minutes", 10.0), metavar="500|10m",
-                        help="checkpoint inside a task every so many updates (500) or minutes (10m, the default)")
-    parser.add_argument("--restart", action="store_true", help="delete what the run folder holds and start over")
+def parser(doc, file=""):
+    """An ArgumentParser for the script of this docstring and file."""
+    return argparse.ArgumentParser(prog=Path(file).name or None, description=doc, allow_abbrev=False,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_arguments(parser, scales):
+    """The arguments that every train script has. They follow its own, which say what the method is."""
+    add = parser.add_argument
+    add("--scale", default="paper", choices=scales,
+        help="paper: the paper's run; small: the same at 16x16; laptop: a quick look at 16x16")
+    add("--tasks", type=positive(int), help="how many: the classes are cut into so many (paper: 5), or these are the "
+        "first so many of a stated --class-order, as the laptop's may be")
+    add("--class-order", help="random (by the seed), natural, or '0,1|2,7' states the classes of each task")
+    add("--seed", type=whole, default=42, help="of weights, class order and noise (paper: 42, 69, 1714)")
+    add("--image-size", type=positive(int, 4096), help="side to which images are brought (paper: 32, ImageNet-100 64)")
+    add("--flip", action=argparse.BooleanOptionalAction, help="random mirroring (default: of colour images)")
+    add("--sample-steps", type=positive(int, 1000), help="DDIM steps of pictures and evaluation")
+    add("--precision", default="auto", choices=["auto", "fp32", "tf32", "bf16"], help="auto: bf16 on CUDA, else fp32")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile and CUDA graphs (default: on CUDA)")
+    add("--data-dir", default="data", help="where the dataset lies or is downloaded to (default: data)")
+    add("--out", help="the run folder itself (default: runs/<dataset>/<name>/seed<seed>)")
+    add("--device", default="auto", help="auto (CUDA, else mps, else cpu), cpu, mps, cuda or cuda:<i>")
+    add("--save-every", type=interval, default=("minutes", 10.0), metavar="500|10m",
+        help="checkpoint inside a task every so many updates (500) or minutes (10m, the default)")
+    add("--restart", action="store_true", help="delete what the run folder holds and start over")
 
 
 def positive(kind, most=sys.float_info.max):
@@ -101,10 +130,11 @@ def positive(kind, most=sys.float_info.max):
     return parse
 
 
-def per_task(kind):
-    """A type for argparse: one positive number, or several with commas, one per task."""
+def per_task(kind, unit=None):
+    """A type for argparse: one positive number, or several with commas, one per task; with a unit (unit, numbers)."""
     def parse(text):
-        return [positive(kind, 1e8)(part) for part in text.split(",")]
+        values = [positive(kind, 1e8)(part) for part in text.split(",")]
+        return (unit, values) if unit else values
     parse.__name__ = f"comma-separated {kind.__name__}"
     return parse
 
@@ -112,6 +142,18 @@ def per_task(kind):
 def spread(values, tasks):
     """One value per task from what `per_task` read: the last one repeats."""
     return (values + values[-1:] * tasks)[:tasks]
+
+
+def count_updates(length, batch_size, sizes):
+    """The updates of each task, of which `sizes` are the numbers of images; the last, smaller batch of a pass is kept.
+
+    length is ("iterations", [updates of task 1, ...]) or ("epochs", [passes over task 1, ...]); the last value repeats.
+    """
+    unit, values = length
+    values = spread(values, len(sizes))
+    if unit == "iterations":
+        return values
+    return [max(1, round(passes * math.ceil(n / batch_size))) for passes, n in zip(values, sizes)]
 
 
 def whole(text):
@@ -128,34 +170,50 @@ def interval(text):
     return ("minutes", float(text[:-1])) if text.endswith("m") else ("updates", float(text))
 
 
-def fill(args, preset):
-    """Give every argument left at None its value from the preset; the command line wins."""
-    for key, value in preset.items():
-        if getattr(args, key, None) is None:
-            setattr(args, key, value)
+def departures(parser, args, *besides):
+    """{argument: value} of what differs from the parser's defaults, which are the preset's.
+
+    Left out are `besides`, the arguments that say which preset and which repetition it is, and those of the machine.
+    """
+    others = ("dataset", "scale", "seed", *TYPED, *besides)
+    return {key: value for key, value in vars(args).items() if key not in others and value != parser.get_default(key)}
 
 
-def run_name(base, args, preset):
+def run_name(base, departs, scale):
     """`base` and whatever departs from the preset: gd-2, gd-2-lam0.5, gd-2-laptop, finetune-lr0.001-linear-noflip."""
-    for key, usual in preset.items():
-        value = getattr(args, key)
-        if value != usual and value not in (None, []):
-            value = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            tag = value if key in ("scale", "schedule", "precision") else f"{key}{value}"
-            tag = {"True": key, "False": f"no{key}"}.get(value, tag.replace("|", "-"))
-            base += "-" + re.sub(r"[^\w.-]+", "_", tag)
-    return base
+    tags = []
+    for key, value in departs.items():
+        key, value = value if isinstance(value, tuple) else (key, value)  # ("epochs", [20.0])
+        text = ",".join(map(str, value)) if isinstance(value, list) else str(value).replace("|", "-")
+        tag = text if key in ("schedule", "precision") else key + text
+        tags.append({"True": key, "False": f"no{key}"}.get(text, tag))
+    tags += [scale] if scale != "paper" else []
+    return "-".join([base, *(re.sub(r"[^\w.-]+", "_", tag) for tag in tags)])
 
+
+def describe(args, parser, info, preset, departs):
+    """Write into args, and so into config.json, what other scripts want to know: info is the dataset's, see data.py."""
+    args.class_names, args.dataset_name, args.dataset_title = info.classes, info.name, info.title
+    args.departs, args.preset, args.script = departs, preset, parser.prog
+    args.name = run_name(args.base, departs, args.scale)
+
+
+# ------------------------------------------------------------------------------------------- device and speed
 
 def pick_device(name):
-    """The torch.device called auto, cpu, cuda or cuda:<i>; auto is CUDA where there is one."""
+    """The torch.device called auto, cpu, mps, cuda or cuda:<i>; auto is CUDA where there is one, else mps, else cpu."""
+    launcher = os.environ.get("WORLD_SIZE", "")
+    if launcher not in ("", "1") and "TORCHELASTIC_RUN_ID" not in os.environ:
+        raise InputError(f"WORLD_SIZE={launcher} is set, but not by torchrun: start with torchrun, or unset it")
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise InputError(f"--device must be auto, cpu, cuda or cuda:<i>, not {name}")
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise InputError(f"--device must be auto, cpu, mps, cuda or cuda:<i>, not {name}")
     if world > 1 and name == "cuda":
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     device = torch.device(name)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("--device mps is not there; use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {name} is not there, torch sees {torch.cuda.device_count()} CUDA devices; "
                          "use --device cpu, or fewer processes")
@@ -168,18 +226,37 @@ def pick_device(name):
     return device
 
 
-# ------------------------------------------------------------------------------------------------------ speed
+def start(args):
+    """The device, and autocast for --precision; writes into `args` what --precision auto and --compile are there.
 
-def pick_speed(args, device):
-    """Say what --precision auto is, and --compile where nothing was said: bf16 and compiled on a GPU that has bf16
-    (from NVIDIA's Ampere on), else fp32 and not.
+    By default a GPU with bf16 (NVIDIA's from Ampere on) computes in bf16, and compiles if there is a compiler. Every
+    other device computes in fp32 and does not compile.
     """
+    device = pick_device(args.device)
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if args.precision == "auto":
         args.precision = "bf16" if fast else "fp32"
-    fill(args, {"compile": fast})
+    if args.precision == "bf16" and device.type == "mps":
+        raise InputError("--precision bf16 is not there on mps; use fp32")
+
+    compilers = [os.environ.get("CXX", "g++"), "g++", "clang++", "cl"]
+    able = device.type != "mps" and any(map(shutil.which, compilers))
+    able = able and (device.type == "cpu" or importlib.util.find_spec("triton") is not None)
+    if args.compile is None:
+        args.compile = fast and able
+    if args.compile and not able:
+        raise InputError("--compile needs a C++ compiler, on CUDA also triton, and is not there on mps; "
+                         "use --no-compile")
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # a small buffer makes another batch in every task
+        # The pass that sums over rows and columns in one kernel has given wrong gradients to U-Nets like these
+        # (pytorch issues 190796, 193061).
+        import torch._inductor.config as inductor
+        inductor.triton.mix_order_reduction = False
+
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+    return device, torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
 
 def eager(now=True):
@@ -190,15 +267,17 @@ def eager(now=True):
 class CUDAGraph:
     """function(*inputs), CUDA tensors, as one CUDA graph: all its kernels are launched at once.
 
-    The first three calls run as usual, so that kernels are chosen and compiled, the fourth is recorded, and from then
-    on the record is played with new inputs; inputs smaller than the largest so far run as usual. The function may
-    not wait for the device, nor depend on anything else that changes, other than in place, but for torch's seed. The
-    returned tensor holds until the next call.
+    The first three calls run as usual, so that kernels are chosen and compiled. The fourth is recorded, and from then
+    on the record is played with new inputs. Inputs smaller than the largest so far run as usual. The function may not
+    wait for the device. What it reads besides its inputs must stay where it is in memory and change only in place, but
+    for torch's seed. The returned tensor holds until the next call.
     """
+    stream = None  # one for the whole run: each new one would keep memory for good
 
     def __init__(self, function):
         self.function, self.shapes, self.calls, self.graph = function, None, 0, None
-        self.stream = torch.cuda.Stream()  # not the usual one, as torch.cuda.graph demands of the calls before
+        if CUDAGraph.stream is None:
+            CUDAGraph.stream = torch.cuda.Stream()  # torch.cuda.graph wants the calls before it on its own stream
 
     def __call__(self, *inputs):
         shapes = [x.shape for x in inputs]
@@ -266,9 +345,9 @@ def together(operation, *arguments):
     try:
         if world > 1:
             operation(*arguments)
-    except RuntimeError as error:  # of gloo and NCCL alike
-        lost = "another process of this run has ended; the same command goes on from the last checkpoint"
-        raise LostProcess(lost) from error
+    except RuntimeError as error:
+        raise InputError("another process of this run has ended; the same command goes on from the last checkpoint"
+                         ) from error
 
 
 # -------------------------------------------------------------------------------------------- folder and files
@@ -276,29 +355,23 @@ def together(operation, *arguments):
 def open_folder(config):
     """Make or reopen the run folder of `config` and return its path; refuse one that holds another run or is in use.
 
-    From here on Ctrl-C and SIGTERM only leave a note in `signals`: a run ends after a whole update and a save.
+    From here on Ctrl-C and SIGTERM only leave a note in `signals`: the run ends after a whole update and a save. The
+    third one ends it at once.
     """
-    about = dict(command=shlex.join(["python", *sys.argv]), torch=torch.__version__, processes=world)
+    about = dict(format=FORMAT, command=shlex.join(["python", *sys.argv]),
+                 torch=torch.__version__, processes=world, threads=torch.get_num_threads(),
+                 processor=torch.backends.cpu.get_cpu_capability())
     config = json.loads(json.dumps(dict(config, **about)))
-    folder = Path(config["out"] or Path("runs", config["dataset"], config["name"], f"seed{config['seed']}"))
+    folder = Path(config["out"] or Path("runs", config["dataset_name"], config["name"], f"seed{config['seed']}"))
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: signals.append(number))
+        signal.signal(number, note_signal)
     if rank:
         return folder
     try:
         (folder / "samples").mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "a+")
     except OSError as error:
         raise InputError(f"cannot write to {folder} ({error.strerror}); choose another folder with --out") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # falls with the process, however that ends
-    except BlockingIOError as error:
-        lock.seek(0)
-        raise InputError(f"{folder} is in use by process {lock.read()}; wait for it or choose another --out") from error
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
-    locks.append(lock)
+    hold(folder)
 
     if config["restart"]:
         for pattern in ("config.json", "metrics.jsonl", "eval.json", "classifier.json", "accuracy.json", "task*.pt",
@@ -311,20 +384,52 @@ def open_folder(config):
         if any(folder.glob("*.pt")):
             raise InputError(f"{folder} holds weights but no config.json; choose another --out or use --restart")
         write_json(folder / "config.json", config)
+    compare(folder, config)
+    tasks = " | ".join(", ".join(config["class_names"][c] for c in task) for task in config["class_tasks"])
+    print(f"{config['name']}: tasks {tasks}; updates {config['updates']}; into {folder}")
+    return folder
+
+
+def note_signal(number, frame):
+    """What Ctrl-C and SIGTERM do while a run goes on."""
+    signals.append(number)
+    if len(signals) == 3:
+        os._exit(128 + number)
+
+
+def hold(folder):
+    """Lock the run folder for this process, by a soft lock where the disk knows no other (NFS), else not at all."""
+    for lock in FileLock(folder / ".lock"), SoftFileLock(folder / ".lock-held"):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise InputError(f"{folder} is in use by another process: wait for it, choose another --out, or delete "
+                             f"{lock.lock_file} if no run is going on there") from error
+        except OSError:  # the disk refuses this kind of lock
+            continue
+        locks.append(lock)
+        return
+    print(f"warning: {folder} cannot be locked, so that a second run in it would not be noticed", file=sys.stderr)
+
+
+def compare(folder, config):
+    """Refuse a folder whose config.json differs from `config`; say what of the machine is another than at its start."""
     try:
-        before = dict(json.loads((folder / "config.json").read_text()))
+        before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        before = before | {}  # of another kind than a dict it is damaged
     except (ValueError, TypeError) as error:
         raise InputError(f"{folder}/config.json is damaged; choose another --out or use --restart") from error
-    differs = [f"{key} was {before.get(key)} and is {config.get(key)}"
-               for key in sorted({*before, *config} - {*MACHINE}) if before.get(key) != config.get(key)]
+    way_out = "choose another --out, or --restart to delete it"
+    if before.get("format") != FORMAT:
+        raise InputError(f"{folder} holds a run of another version of this program; {way_out}")
+    differs = [f"{key} was {str(before.get(key)):.300} and is {str(config.get(key)):.300}"
+               for key in sorted({*before, *config} - {*TYPED, *MACHINE}) if before.get(key) != config.get(key)]
     if differs:
-        raise InputError(f"{folder} holds a run with other settings ({'; '.join(differs)}); choose another --out, "
-                         "or --restart to delete it")
-    for key in ("torch", "device", "compile", "processes"):
-        if before.get(key, 1) != config[key]:
+        raise InputError(f"{folder} holds a run with other settings ({'; '.join(differs)}); {way_out}")
+    for key in ("torch", "device", "compile", "processes", "threads", "processor"):
+        if before.get(key) != config[key]:
             print(f"begun with {key} {before.get(key)}, now {config[key]}: the end need not be bitwise that of an "
                   "unbroken run", file=sys.stderr)
-    return folder
 
 
 def save(path, state):
@@ -341,9 +446,10 @@ def write_json(path, value):
     replace(path, lambda file: file.write((json.dumps(value, indent=1, allow_nan=False) + "\n").encode()))
 
 
-def save_png(path, picture):
-    """Save a PIL image, as safe as `save`."""
-    replace(path, lambda file: picture.save(file, "PNG"))
+def save_picture(path, u8, columns):
+    """Save images u8 (N, C, H, W) as one PNG, so many in a row, each pixel twice as large."""
+    grid = make_grid(u8.cpu(), nrow=columns, padding=1).repeat_interleave(2, 1).repeat_interleave(2, 2)
+    replace(path, lambda file: Image.fromarray(grid.permute(1, 2, 0).numpy()).save(file, "PNG"))
 
 
 def replace(path, write):
@@ -365,6 +471,20 @@ def replace(path, write):
                          "room or mend the folder, and the same command goes on from there") from error
 
 
+def check_writable(path):
+    """Find out before the work whether its result can be written to `path`."""
+    path = Path(path)
+    trial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror}): choose another place or mend it") from error
+
+
 def load(path):
     """torch.load to the CPU of tensors and plain values alone, every byte checked against the file's checksums."""
     try:
@@ -377,7 +497,16 @@ def load(path):
         raise InputError(f"there is no file {path}") from error
     except pickle.UnpicklingError:
         reason = "it holds more than tensors and plain values, and nothing of it was executed"
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except zipfile.BadZipFile as error:
+        with open(path, "rb") as file:
+            begin = file.read(16)
+        if Path(path).suffix == ".safetensors" or begin[8:10] == b'{"':
+            raise InputError(f"{path} is safetensors: load it with that library and torch.save its dict") from error
+        if begin[:2] == b"\x80\x02":
+            raise InputError(f"{path} is pickled or of torch before 1.6: torch.load it and torch.save it again"
+                             ) from error
+        reason = "no whole zip archive"
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, zlib.error) as error:
         reason = str(error).partition("\n")[0]
     raise InputError(f"{path} is damaged or was not made by torch.save ({reason})")
 
@@ -386,9 +515,29 @@ def load_weights(model, path):
     """Load a task<k>.pt, or a bare state dict such as a diffusers .bin, into the model; every name must match."""
     weights = load(path)
     try:
-        model.load_state_dict(weights.get("model", weights))
+        weights = weights.get("model", weights)
+        model.load_state_dict(weights)
     except (RuntimeError, AttributeError, TypeError) as error:
-        raise InputError(f"{path} holds no weights for this network; choose the matching --unet") from error
+        about = " ".join(str(error).split()).partition(": ")[2] or "no dict of tensors"
+        raise InputError(f"{path} holds no weights for this network ({about:.160}); choose the matching --unet"
+                         ) from error
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise InputError(f"{path} holds weights that are not finite: take them from another file")
+
+
+def skip_if_broken(optimizer, norm):
+    """Let the next step do nothing if the norm of the gradient is not finite, so that no weight becomes NaN.
+
+    found_inf is the flag of torch.amp.GradScaler. A fused step looks at it on the device, so that nothing waits for the
+    host. A step that is not fused (on mps) knows no such flag, and there check_finite alone stops the run.
+    """
+    if optimizer.defaults["fused"]:
+        optimizer.found_inf = (~norm.isfinite()).float()
+
+
+def restore(optimizer, saved):
+    """Give the optimizer the moments of a saved one, and leave its settings, such as fused, which fit this device."""
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
 
 
 def save_due(every, update):
@@ -430,8 +579,9 @@ def finish(folder):
 
 
 def latest(folder, tasks):
-    """The newest whole state of a run or None: a checkpoint inside a task, or {"task", "update": 0, "model"} after one.
+    """The newest whole state of a run, None if there is none.
 
+    It is all that the newest checkpoint holds, or all that task<k>.pt holds, but with "task" k + 1 and "update" 0.
     Damaged files are set aside, so that no later save puts them in the place of a good one.
     """
     if rank:
@@ -448,7 +598,7 @@ def latest(folder, tasks):
             damaged.append((path, error))
             continue
         if path not in checkpoints:
-            state = {"task": int(path.stem[4:]) + 1, "update": 0, "model": found["model"]}
+            state = dict(found, task=int(path.stem[4:]) + 1, update=0)
         elif found["task"] > newest:
             state = found
         if state:
@@ -467,56 +617,60 @@ def latest(folder, tasks):
 
 # --------------------------------------------------------------------------------------------- records, progress
 
-def reporter(folder, state, updates, passes, device):
-    """A function report(task, update, images, losses, more), to call whenever a task begins or goes on after something
-    else, report(task, update), and then after every update.
+class Progress:
+    """The live line of tqdm's and the records in metrics.jsonl; `updates` is a list by task.
 
-    It moves a live line of tqdm's, and where `losses`, floats by name, are given adds a record to metrics.jsonl, with
-    whatever the function `more` returns, whose time is not counted. `updates` and `passes`, the cost of an update, are
-    lists by task, for the time left in the whole run. The records after `state`, whose updates a resumed run does
-    again, are dropped.
+    Records after `state`, whose updates a resumed run does again, are dropped from the file.
     """
-    if rank:
-        return lambda *_, **__: None
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    try:
-        records = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut the last line short
-        records = [r for r in records if (r["task"], r["update"]) <= (state["task"], state["update"])]
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path} is damaged; delete it, and the same command goes on") from error
-    replace(path, lambda file: file.write("".join(json.dumps(r) + "\n" for r in records).encode()))
-    begun = time.perf_counter() - (records[-1]["seconds"] if records else 0)
-    bar = last = since = seen = None
 
-    def report(task, update, images=0, losses=None, more=dict):
-        nonlocal bar, last, since, seen
-        n, now = updates[task - 1], time.perf_counter()
-        if not images:
-            if bar is None or bar.n == bar.total:
-                bar = tqdm(total=n, initial=update, desc=f"task {task}/{len(updates)}", disable=None, leave=False)
-            last, since, seen = update, now, 0
+    def __init__(self, folder, state, updates, device):
+        self.path, self.updates, self.device = folder / "metrics.jsonl", updates, device
+        self.bar = tqdm(disable=True)
+        if rank:
             return
-        bar.update()
-        seen += images
-        if losses is None:
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
+        try:
+            records = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut the last line short
+            records = [r for r in records if (r["task"], r["update"]) <= (state["task"], state["update"])]
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{self.path} is damaged; delete it, and the same command goes on") from error
+        replace(self.path, lambda file: file.write("".join(json.dumps(r) + "\n" for r in records).encode()))
+        self.begun = time.perf_counter() - (records[-1]["seconds"] if records else 0)
+
+    def begin(self, task, update):
+        """Call it when a task begins, and when it goes on after something other than an update."""
+        self.bar.close()
+        self.bar = tqdm(total=self.updates[task - 1], initial=update, desc=f"task {task}/{len(self.updates)}",
+                        disable=True if rank else None, leave=False)  # None: no line where there is no terminal
+        self.task, self.last, self.since, self.seen = task, update, time.perf_counter(), 0
+
+    def step(self, images):
+        """Call it after every update, with the number of new images in its batch."""
+        self.bar.update()
+        self.seen += images
+
+    def record(self, update, losses, more=dict):
+        """Add a record: `losses`, floats by name, after so many updates of the task, and what the function `more`
+        returns, whose time is not counted.
+        """
+        if rank:
             return
-        ms = 1000 * (now - since) / (update - last)
-        costs = [n * cost for n, cost in zip(updates, passes)]
-        left = ms / 1000 * (sum(costs[task - 1:]) - update * passes[task - 1]) / passes[task - 1]
-        record = {"task": task, "update": update, **losses,
-                  "ms_per_update": round(ms, 2), "images_per_s": round(seen / (now - since), 1),
-                  "peak_memory_mb": peak_memory_mb(device), "seconds": round(now - begun, 2), **more()}
-        with open(path, "a") as file:
+        n, now = self.updates[self.task - 1], time.perf_counter()
+        seconds = (now - self.since) / (update - self.last)
+        left = tqdm.format_interval(seconds * (sum(self.updates[self.task - 1:]) - update))
+        record = {"task": self.task, "update": update, **losses, "ms_per_update": round(1000 * seconds, 2),
+                  "images_per_s": round(self.seen / (now - self.since), 1),
+                  "peak_memory_mb": peak_memory_mb(self.device), "seconds": round(now - self.begun, 2), **more()}
+        with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        said = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in losses.items())
-        bar.set_postfix_str(f"{said}, {ms:.1f} ms, {tqdm.format_interval(left)} to the end of the run")
-        last, since, seen = update, time.perf_counter(), 0
+        said = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in losses.items())
+        said += f", {1000 * seconds:.1f} ms"
+        self.bar.set_postfix_str(f"{said}, {left} to the end of the run at this speed")
+        self.last, self.since, self.seen = update, time.perf_counter(), 0
         if update == n:
-            bar.close()
-            print(f"task {task}/{len(updates)}: {n} updates, {said}, {ms:.1f} ms per update, {now - begun:.0f} s "
+            self.bar.close()
+            print(f"task {self.task}/{len(self.updates)}: {n} updates, {said} per update, {now - self.begun:.0f} s "
                   "so far", flush=True)
-    return report
 
 
 def check_finite(log, names, model, task, before=0):
@@ -532,7 +686,10 @@ def check_finite(log, names, model, task, before=0):
 
 
 def peak_memory_mb(device):
-    """The most memory this process has held, in MB of 2^20 bytes: on the device for CUDA, in all for the CPU."""
+    """The most memory in MB of 2^20 bytes: on the device for CUDA, else of the whole process; None if unknown."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**20)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+    if resource is None:
+        return None
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux kilobytes
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)

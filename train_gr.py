@@ -1,115 +1,107 @@
 """Generative replay of a diffusion model, and its baselines: experience replay, finetuning, joint training.
 
 A diffusion model learns a sequence of tasks, two new classes at a time, without keeping old images. Before task k a
-copy of the model is frozen; at every update it draws, with a few DDIM steps, as many images as the batch has, and the
-model learns to denoise the new images and the replayed ones. The errors of the replayed images accumulate.
+copy of the model is frozen. At every update the copy draws, with a few DDIM steps, as many images as the batch has, and
+the model learns to denoise the new images and the replayed ones. The errors of the replayed images accumulate.
 
     L = 1/k |eps - model(x_t, t)|^2 + (1 - 1/k) |eps_r - model(x_r_t, t_r)|^2              tasks k >= 2
     x_r = DDIM(prev), x_r_t = sqrt(abar_t_r) x_r + sqrt(1 - abar_t_r) eps_r
 
-Masip et al., "Continual Learning of Diffusion Models with Generative Distillation", arXiv 2311.14028, Section 3.1.
+Masip et al., "Continual Learning of Diffusion Models with Generative Distillation", arXiv 2311.14028, Section 3.
 
-    python train_gr.py                                     Fashion-MNIST as in the paper, on a GPU; --dataset cifar10
-    python train_gr.py --dataset shapes --scale laptop     a few minutes on a laptop, no download
+Without arguments it is the paper's run on Fashion-MNIST, for a GPU. A minute and a half on a laptop, no download:
+
+    python train_gr.py --dataset shapes --scale laptop
 """
 
-import argparse
 import copy
 import math
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from torchvision.utils import make_grid
 
 import data
 import run
-from ddim import T, alpha_bar, q_sample, sample, seed
-from unet import NETS, UNet
+from ddim import T, alpha_bar, q_sample, reseed, sample
+from unet import NETS, UNet, misfit
 
 LOG = ("loss", "loss_new", "loss_replay", "gradient_norm")
 
 # -------------------------------------------------------------------------------------------------- arguments
 
-PAPER = dict(image_size=32, tasks=5, class_order="random", lr=2e-4, schedule="zero-snr", flip=False, iterations=[],
-             draw_ahead=8)
-LAPTOP = dict(PAPER, image_size=16, batch_size=32, lr=2e-3, teacher_steps=2, draw_ahead=1, sample_steps=10,
-              unet="laptop", tasks=3, class_order="0,1|2,7|8,9")  # these classes look different even at 16x16
-PRESETS = {  # what depends on the dataset: the paper's runs (Sections 4 and A.1), and runs for a laptop
-    ("paper", "fashion-mnist"): dict(PAPER, unet="fashion-mnist", batch_size=128, epochs=[100], teacher_steps=2,
-                                     sample_steps=10),
-    # DEVIATION: the paper augments nothing, its released runs mirror CIFAR's images. Appendix A.5 evaluates with 10
-    # DDIM steps, its end and Section 4.2.2 say 20 on CIFAR-10, as here.
-    ("paper", "cifar10"): dict(PAPER, unet="cifar10", batch_size=64, epochs=[200], teacher_steps=10, sample_steps=20,
-                               flip=True),
+PAPER = dict(class_order="random", length=("epochs", [100.0]), batch_size=128, lr=2e-4, unet="fashion-mnist",
+             image_size=32, schedule="zero-snr", flip=False, teacher_steps=2, draw_ahead=8, sample_steps=10)
+# DEVIATION: the paper augments nothing, its released runs mirror CIFAR's images. Appendix A.5 evaluates with 10 DDIM
+# steps, its end and Section 4.2.2 say 20 on CIFAR-10, as here.
+CIFAR = dict(PAPER, length=("epochs", [200.0]), batch_size=64, unet="cifar10", flip=True, teacher_steps=10,
+             sample_steps=20)
+SMALL = dict(PAPER, length=("iterations", [1500, 800]), batch_size=32, lr=1e-3, unet="laptop", image_size=16,
+             draw_ahead=1)
+LAPTOP = dict(SMALL, length=("iterations", [600, 150]), lr=2e-3,
+              class_order="0,1|2,7|8,9")  # these classes of Fashion-MNIST look different even at 16x16
+GREY = {"paper": PAPER, "small": SMALL, "laptop": LAPTOP}
+COLOUR = {"paper": CIFAR, "small": dict(SMALL, unet="laptop-rgb", flip=True),
+          "laptop": dict(LAPTOP, unet="laptop-rgb", flip=True)}
+PRESETS = {  # the paper's runs (Sections 4 and A.1), the same in miniature, and a minute and a half on a laptop
+    "fashion-mnist": GREY, "shapes": GREY, "cifar10": COLOUR, "cifar100": COLOUR,
+    "imagenet100": COLOUR | {"paper": dict(CIFAR, image_size=64)},
 }
-PRESETS["paper", "shapes"] = PRESETS["paper", "fashion-mnist"]
-PRESETS["paper", "cifar100"] = PRESETS["paper", "cifar10"]
-PRESETS["paper", "imagenet100"] = dict(PRESETS["paper", "cifar10"], image_size=64)
-PRESETS["laptop", "fashion-mnist"] = dict(LAPTOP, epochs=[1.6, 0.4])  # 600, 150, 150 updates, as in the next two
-PRESETS["laptop", "shapes"] = dict(LAPTOP, epochs=[4.8, 1.2], class_order="0,1|2,3|4,5")
-PRESETS["laptop", "cifar10"] = dict(LAPTOP, epochs=[1.917, 0.479], unet="laptop-rgb", flip=True)
+METHODS = {"generated": ("gr", "Generative replay"), "buffer": ("er", "Experience replay"),
+           "none": ("finetune", "Finetune"), "all": ("joint", "Joint")}
 
 
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = run.parser(__doc__, __file__)
     add = parser.add_argument
-    add("--dataset", default="fashion-mnist", choices=list(data.DATASETS), help="default: fashion-mnist")
-    add("--replay", default="generated", choices=["generated", "buffer", "none", "all"],
+    add("--dataset", default="fashion-mnist", type=data.dataset, metavar="NAME|FOLDER",
+        help=f"{', '.join(data.DATASETS)} or a folder of class folders (default: fashion-mnist)")
+    add("--replay", default="generated", choices=list(METHODS), dest="source",
         help="samples of the previous model (GR), kept images (ER), nothing (finetune), all data so far (joint)")
     add("--buffer-size", type=run.positive(int), help="images the buffer holds in total (paper: 10, 100, 1000)")
     add("--teacher-steps", type=run.positive(int, T), help="DDIM steps of the previous model (paper: 2, CIFAR-10 10)")
-    add("--draw-ahead", type=run.positive(int, 1e4), help="replay is drawn for so many updates (default: 8, laptop 1)")
-    add("--scale", default="paper", choices=["paper", "laptop"], help="the paper's run, or minutes at 16x16")
-    add("--tasks", type=run.positive(int), help="number of tasks the classes are split into (paper: 5)")
-    add("--class-order", help="random (by the seed, as the paper), natural, or '0,1|2,7' states the tasks")
-    add("--epochs", type=run.per_task(float), help="passes over a task: E, or E1,E2,... (paper: 100, CIFAR-10 200)")
-    add("--iterations", type=run.per_task(int), help="updates of each task, in place of epochs: N, or N1,N2,...")
+    add("--draw-ahead", type=run.positive(int, 1e4), help="updates whose replay is drawn at once (paper: 8)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=run.per_task(float, "epochs"), dest="length", metavar="E",
+                        help="passes over the images of a task: E, or E1,E2,... (paper: 100, CIFAR-10 200)")
+    length.add_argument("--iterations", type=run.per_task(int, "iterations"), dest="length", metavar="N",
+                        help="updates of a task, in place of epochs: N, or N1,N2,...")
     add("--batch-size", type=run.positive(int), help="images of the current task per update (paper: 128, CIFAR-10 64)")
     add("--lr", type=run.positive(float), help="learning rate of Adam (paper: 2e-4)")
-    add("--seed", type=run.whole, default=42, help="of weights, class order and noise (paper: 42, 69, 1714)")
     add("--unet", choices=list(NETS), help="network (default: the paper's for the dataset)")
     add("--init", metavar="PATH", help="start from these weights: a task<k>.pt, or diffusers' UNet2DModel .bin")
     add("--schedule", choices=["zero-snr", "linear"], help="noise schedule (default: zero-snr, as the released runs)")
-    add("--flip", action=argparse.BooleanOptionalAction, help="random mirroring (default: CIFAR, ImageNet)")
-    add("--sample-steps", type=run.positive(int, T), help="DDIM steps of pictures and evaluation (paper: 10 and 20)")
-    add("--precision", default="auto", choices=["auto", "fp32", "tf32", "bf16"], help="auto: bf16 on CUDA, else fp32")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile and CUDA graphs (default: on CUDA)")
-    run.add_arguments(parser)
+    run.add_arguments(parser, scales=list(GREY))
+
+    # The preset becomes the defaults of the parser, so that the command line wins.
+    first, _ = parser.parse_known_args(argv)
+    info = data.info(first.dataset, first.data_dir)
+    preset = dict(PRESETS[info.like][first.scale])
+    if info.name not in data.DATASETS:
+        preset["class_order"] = "random"  # a stated order is about the classes of that dataset
+    preset["tasks"] = data.count_tasks(first.class_order or preset["class_order"])
+    if first.source != "generated":
+        preset.update(teacher_steps=None, draw_ahead=None)
+    parser.set_defaults(**preset)
     args = parser.parse_args(argv)
+    departs = run.departures(parser, args, "source", "teacher_steps", "buffer_size")
 
-    for key in "teacher_steps", "draw_ahead":
-        if getattr(args, key) and args.replay != "generated":
-            parser.error(f"--{key.replace('_', '-')} does nothing where the replay is {args.replay}")
-    if (args.scale, args.dataset) not in PRESETS:
-        parser.error(f"--scale laptop is not there for {args.dataset}; try fashion-mnist, shapes or cifar10")
-    usual, asked_tasks = dict(PRESETS[args.scale, args.dataset]), args.tasks
-    if asked_tasks not in (None, usual["tasks"]) and args.class_order is None:
-        args.class_order = "random"
-    if args.iterations:
-        args.epochs = []
-    run.fill(args, usual)
-    if args.replay != "generated":
-        args.teacher_steps = args.draw_ahead = None
-    info, net = data.DATASETS[args.dataset], NETS[args.unet]
-    if net["in_channels"] != info["channels"]:
-        parser.error(f"--unet {args.unet} takes {net['in_channels']} channels, {args.dataset} has {info['channels']}")
-    tasks = args.tasks if args.class_order in ("random", "natural") else asked_tasks  # a stated order says how many
-    args.class_tasks = data.class_tasks(len(info["classes"]), tasks, args.class_order, args.seed)
-    args.tasks = len(args.class_tasks)
-    if args.epochs != usual["epochs"] and len(args.iterations + args.epochs) > args.tasks:  # one of them is empty
-        parser.error(f"--iterations and --epochs take at most one value for each of the {args.tasks} tasks")
-    if args.buffer_size and args.replay != "buffer":
+    for key in ("teacher_steps", "draw_ahead") if args.source != "generated" else ():
+        if getattr(args, key):
+            parser.error(f"--{key.replace('_', '-')} does nothing with {args.source}")
+    if args.buffer_size and args.source != "buffer":
         parser.error("--buffer-size is for --replay buffer")
-    if args.replay == "buffer" and (args.buffer_size or 0) < max(1, args.tasks - 1):
+    if args.source == "buffer" and (args.buffer_size or 0) < max(1, args.tasks - 1):
         parser.error(f"--replay buffer needs a --buffer-size of at least {max(1, args.tasks - 1)}, one per past task")
+    if "length" in departs and len(args.length[1]) > args.tasks:
+        parser.error(f"--{args.length[0]} takes at most one value for each of the {args.tasks} tasks")
+    if why := misfit(args.unet, info.channels, args.image_size):
+        parser.error(why)
 
-    args.method = {"generated": "gr", "buffer": "er", "none": "finetune", "all": "joint"}[args.replay]
+    args.class_tasks = data.class_tasks(len(info.classes), args.tasks, args.class_order, args.seed)
+    args.method, args.title = METHODS[args.source]
     count = args.teacher_steps or args.buffer_size
-    base = f"{args.method}-{count}" if count else args.method
-    usual.update(teacher_steps=args.teacher_steps, scale="paper", precision="auto", init=None)
-    args.name = run.run_name(base, args, usual)
+    args.base = f"{args.method}-{count}" if count else args.method
+    run.describe(args, parser, info, preset, departs)
     return args
 
 
@@ -131,19 +123,11 @@ def to_x_0(u8, flip):
     return torch.where(torch.rand(len(x_0), 1, 1, 1, device=x_0.device) < 0.5, x_0.flip(3), x_0) if flip else x_0
 
 
-def keep(args, tasks, k):
-    """Indices of the buffer in task k: floor(size / (k - 1)) of each past task, the first in a fixed random order.
-
-    DEVIATION: the released code averages new and kept images in one mean; we follow the paper, 1/k and 1 - 1/k.
-    """
-    seed(args.seed, "buffer")
-    return torch.cat([task[torch.randperm(len(task))[:args.buffer_size // (k - 1)]] for task in tasks[:k - 1]])
-
-
 @torch.no_grad()
 def replay(args, x_r, x_0, kept, abar):
     """The replayed half of a batch: noisy images x_r_t (B, C, H, W), their times t_r (B,), what to predict there."""
-    if args.replay == "buffer":
+    # DEVIATION: the released code averages new and kept images in one mean; we follow the paper, 1/k and 1 - 1/k.
+    if args.source == "buffer":
         x_r = to_x_0(kept[torch.randperm(len(kept), device=x_0.device)[:len(x_0)]], args.flip)
     x_r_t, t_r, eps_r = diffuse(x_r, abar)
     target_r = eps_r                                    # GR: the noise that was added
@@ -164,60 +148,76 @@ def losses(model, x_t, t, eps, replayed):
 
 # ------------------------------------------------------------------------------------------------------ train
 
+def batches(args, prev, abar, autocast, index, shape, k, begin, end):
+    """The updates u = begin .. end - 1 of task k, each with its inputs: u, i, and where prev draws the replay x_r too.
+
+    i (B,) are the numbers of new images, out of `index`. x_r (B, C, H, W) is part of what prev has drawn at once for
+    args.draw_ahead updates; `shape` is (C, H, W).
+    """
+    epoch_length = math.ceil(len(index) / args.batch_size)  # the last, smaller batch is kept
+    for u in range(begin, end):
+        epoch, b = divmod(u, epoch_length)
+        if b == 0 or u == begin:
+            reseed(args.seed, "order", k, epoch)
+            order = index[torch.randperm(len(index), device=index.device)]
+        i = order[b * args.batch_size:(b + 1) * args.batch_size]
+        if k == 1 or not args.teacher_steps:
+            yield u, i
+            continue
+        if u % args.draw_ahead == 0 or u == begin:
+            reseed(args.seed, "replay", k, u // args.draw_ahead)
+            x_T = torch.randn(args.draw_ahead * args.batch_size, *shape, device=index.device)
+            with autocast:
+                drawn = run.gather(sample(prev, run.share(x_T), abar, args.teacher_steps), len(x_T))
+            drawn = drawn.split(args.batch_size)
+        yield u, i, drawn[u % args.draw_ahead][:len(i)]
+
+
 def main(argv=None):
     args = get_args(argv)
-    device = run.pick_device(args.device)
-    run.pick_speed(args, device)
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    device, autocast = run.start(args)
 
-    # Data: one uint8 tensor on the device; a batch is an index.
-    images, labels = data.load_images(args.dataset, "train", args.data_dir, args.image_size)
-    tasks = [torch.isin(labels, torch.tensor(classes)).nonzero().squeeze(1) for classes in args.class_tasks]
-    if args.replay == "all":
-        tasks = [torch.cat(tasks[:k + 1]) for k in range(args.tasks)]
-    images = images.to(device)  # (N, C, H, W)
-    per_epoch = [math.ceil(len(task) / args.batch_size) for task in tasks]  # the last, smaller batch is kept
-    updates = run.spread(args.iterations, args.tasks) if args.iterations else [
-        max(1, round(e * n)) for e, n in zip(run.spread(args.epochs, args.tasks), per_epoch)]
-    # Forward passes of one batch in an update, for the time left: a backward pass counts as two of them.
-    passes = [3] + [{"gr": 6 + (args.teacher_steps or 0), "er": 6}.get(args.method, 3)] * (args.tasks - 1)
+    # Data: one uint8 tensor on the device; a batch is an index into it.
+    images, labels = (x.to(device) for x in data.load_images(args.dataset, "train", args.data_dir, args.image_size))
+    of_task = [sum(labels == c for c in classes).nonzero().flatten() for classes in args.class_tasks]
+    if args.source == "all":
+        of_task = [torch.cat(of_task[:k]) for k in range(1, args.tasks + 1)]
+    sizes, shape = [len(index) for index in of_task], images.shape[1:]  # images are (N, C, H, W)
+    updates = run.count_updates(args.length, args.batch_size, sizes)
 
     # The networks, the run folder, and where the run stands.
-    seed(args.seed, "weights")
+    reseed(args.seed, "weights")
     model = UNet(**NETS[args.unet])
     if args.init:
         run.load_weights(model, args.init)
     model.to(device)
-    config = dict(vars(args), updates=updates)
+    prev = copy.deepcopy(model).eval().requires_grad_(False)  # the model of task k-1, one module for the whole run
+    held = 2 if args.source == "generated" else 1  # networks that the method needs: the baselines do without prev
+    config = dict(vars(args), updates=updates, parameters=held * sum(p.numel() for p in model.parameters()),
+                  preset_updates=run.count_updates(args.preset["length"], args.preset["batch_size"], sizes))
     folder = run.open_folder(config)
-    prev = args.teacher_steps and copy.deepcopy(model).eval().requires_grad_(False)  # the model of task k-1, for GR
     if args.compile:
-        for net in filter(None, (model, prev)):
+        for net in (model, prev):
             net.compile(fullgraph=True, dynamic=False)
     graphs = args.compile and device.type == "cuda" and run.world == 1
     abar = alpha_bar(args.schedule).to(device)
-    state = run.latest(folder, args.tasks) or {"task": 1, "update": 0, "model": model.state_dict()}
+    state = run.latest(folder, args.tasks) or {"task": 1, "update": 0, "model": model.state_dict(), "memory": {}}
     model.load_state_dict(state["model"])
-    report = run.reporter(folder, state, updates, passes, device)
-    if state["task"] <= args.tasks:
-        print(f"{args.name} on {device}: classes {args.class_tasks}, {updates} updates, into {folder}")
+    memory = state["memory"]  # what the method keeps of old tasks beside the model, such as a buffer
+    progress = run.Progress(folder, state, updates, device)
 
     for k in range(state["task"], args.tasks + 1):
-        task, n, every = tasks[k - 1], updates[k - 1], max(1, min(50, updates[k - 1] // 20))
-        replaying = passes[k - 1] > 3  # whether this task replays anything
-        generating = replaying and args.replay == "generated"
+        index, n, every = of_task[k - 1], updates[k - 1], max(1, min(50, updates[k - 1] // 20))
+        replaying = k > 1 and args.source in ("generated", "buffer")
         r = 1 / k if replaying else 1.0
-        kept = images[keep(args, tasks, k).to(device)] if args.method == "er" and k > 1 else None
+        kept = torch.cat(memory["buffer"]).to(device) if replaying and args.source == "buffer" else None
         # DEVIATION: as in the released runs, and unsaid in the paper, Adam starts afresh with every task and the norm
         # of the gradient is clipped at 1.
-        optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True, capturable=graphs)
-        if prev:
-            prev.load_state_dict(state.get("prev", model.state_dict()))
+        optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=device.type != "mps", capturable=graphs)
+        prev.load_state_dict(state.get("prev", model.state_dict()))
         log = torch.zeros(n, len(LOG), device=device)  # of every update
-        if state["update"]:
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]["state"]})
+        if state["update"]:  # the run was stopped inside this task
+            run.restore(optimizer, state["optimizer"])
             log.copy_(state["log"])
 
         def update(i, x_r=None):
@@ -232,49 +232,42 @@ def main(argv=None):
             loss.backward()
             means = run.average(model, [loss, loss_new, loss_replay])
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.found_inf = (~norm.isfinite()).float()  # then step() does nothing, and check_finite will say so
+            run.skip_if_broken(optimizer, norm)
             optimizer.step()
             return torch.cat([means, norm[None]])
 
         step = run.CUDAGraph(update) if graphs else update
-        report(k, state["update"])
-        for u in range(state["update"], n):
-            epoch, batch = divmod(u, per_epoch[k - 1])
-            if batch == 0 or u == state["update"]:
-                seed(args.seed, "order", k, epoch)
-                order = task[torch.randperm(len(task))].to(device)
-            if generating and (u % args.draw_ahead == 0 or u == state["update"]):
-                seed(args.seed, "replay", k, u // args.draw_ahead)
-                x_T = torch.randn(args.draw_ahead * args.batch_size, *images.shape[1:], device=device)
-                with autocast:
-                    drawn = run.gather(sample(prev, run.share(x_T), abar, args.teacher_steps), len(x_T))
-                drawn = drawn.split(args.batch_size)
-            seed(args.seed, "noise", k, u)
-            i = order[batch * args.batch_size:(batch + 1) * args.batch_size]
-            with run.eager(args.compile and len(i) < args.batch_size):  # an epoch's last batch is not worth compiling
-                log[u] = step(i, drawn[u % args.draw_ahead][:len(i)]) if generating else step(i)
+        progress.begin(k, state["update"])
+        for u, i, *x_r in batches(args, prev, abar, autocast, index, shape, k, state["update"], n):
+            reseed(args.seed, "noise", k, u)
+            with run.eager(args.compile and len(i) < args.batch_size):  # the last batch of an epoch is not compiled
+                log[u] = step(i, *x_r)
+            progress.step(len(i))
 
             # Once in a while a record or a checkpoint: only here does the script wait for the device.
-            u += 1
-            recording = u % every == 0 or u == n
-            saving = run.save_due(args.save_every, u) and (u < n or run.signals)
+            done = u + 1
+            recording = done % every == 0 or done == n
+            saving = run.save_due(args.save_every, done) and (done < n or run.signals)  # else the task's file follows
             if recording or saving:
-                run.check_finite(log[:u], LOG, model, k)
-            means = log[(u - 1) // every * every:u].mean(0).tolist() if recording else []
-            report(k, u, len(i), dict(zip(LOG, means)) or None)
+                run.check_finite(log[:done], LOG, model, k)
+            if recording:
+                progress.record(done, dict(zip(LOG, log[u // every * every:done].mean(0).tolist())))
             if saving:
-                run.save_checkpoint(folder, {"task": k, "update": u, "model": model.state_dict(), "log": log,
-                                             "prev": prev and prev.state_dict(), "optimizer": optimizer.state_dict()})
+                run.save_checkpoint(folder, {
+                    "task": k, "update": done, "model": model.state_dict(), "memory": memory, "log": log,
+                    "prev": prev.state_dict(), "optimizer": optimizer.state_dict()})
 
         # A task is learned once its weights are saved. The picture starts from the same 64 noises in every run.
-        seed("grid")
-        x_T = torch.randn(64, *images.shape[1:]).to(device)
+        reseed("grid")
         with autocast, run.eager(args.compile):
-            grid = make_grid(data.quantize(sample(model, x_T, abar, args.sample_steps)).cpu(), nrow=8, padding=1)
-        picture = Image.fromarray(grid.repeat_interleave(2, 1).repeat_interleave(2, 2).permute(1, 2, 0).numpy())
-        run.save_png(folder / "samples" / f"task{k}.png", picture)
-        run.save(folder / f"task{k}.pt", {"model": model.state_dict(), "config": config})
-        state = {"task": k + 1, "update": 0}
+            x_0 = sample(model, torch.randn(64, *shape).to(device), abar, args.sample_steps)
+        run.save_picture(folder / "samples" / f"task{k}.png", data.quantize(x_0), columns=8)
+        if args.source == "buffer":  # from now on of every task the first floor(size / k) images in a random order
+            reseed(args.seed, "buffer", k)
+            new = images[index[torch.randperm(len(index), device=device)[:args.buffer_size]]].cpu()
+            memory["buffer"] = [some[:args.buffer_size // k] for some in [*memory.get("buffer", []), new]]
+        run.save(folder / f"task{k}.pt", {"task": k, "model": model.state_dict(), "memory": memory, "config": config})
+        state = {"update": 0}
         if k < args.tasks:
             run.exit_if_stopped(f"task {k}")
     run.finish(folder)

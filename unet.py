@@ -16,8 +16,10 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.resnet import BasicBlock
 
 # DEVIATION: the paper (arXiv 2311.14028, A.1.1) gives its Fashion-MNIST net "one layer" and "two residual blocks" per
 # level, and attention at 8x8 and 4x4. The released code has one block on the way down, two on the way up, and
@@ -253,6 +255,37 @@ class UNet(nn.Module):
             for upsample in block.upsamplers:
                 h = upsample(h)
         return self.conv_out(F.silu(self.conv_norm_out(h)))                         # (B, C0, H, W) -> (B, C, H, W)
+
+
+def resnet18(channels, classes, width=64, imagenet=False):
+    """torchvision's ResNet18, (B, channels, H, W) -> (B, classes), with a 3x3 stem, no max pooling, `width` channels first.
+
+    It is the labeller of eval_fid.py and the classifier of JDCL's ablation. `imagenet` is torchvision's own layout, whose
+    7x7 stem and pooling take three channels and fit ImageNet's weights.
+
+    DEVIATION: the released code starts from ImageNet weights and their stem, which leaves one pixel of 32x32. The
+    default needs no download and classifies better; `eval_fid.py --labeller imagenet` is the released one.
+    """
+    net = torchvision.models.resnet18()
+    if not imagenet:
+        net.inplanes, net.maxpool = width, nn.Identity()
+        net.conv1, net.bn1 = nn.Conv2d(channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
+        for i in range(4):
+            setattr(net, f"layer{i + 1}", net._make_layer(BasicBlock, width << i, 2, stride=1 + (i > 0)))
+        for conv in (m for m in net.modules() if isinstance(m, nn.Conv2d)):
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # torchvision's own
+    net.fc = nn.Linear(net.layer4[1].conv2.out_channels, classes)
+    return net.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
+
+
+def misfit(name, channels, side):
+    """Why the net of this name does not take images of so many channels and that side, or None if it does."""
+    net = NETS[name]
+    factor = 2 ** (len(net["channels"]) - 1)
+    if net["in_channels"] != channels:
+        return f"--unet {name} takes images of {net['in_channels']} channels, these have {channels}"
+    if side % factor:
+        return f"--image-size {side} must be a multiple of {factor} for --unet {name}"
 
 
 def cost(name, classes=0):

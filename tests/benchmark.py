@@ -1,34 +1,32 @@
 """How fast and how large an update is: these scripts, diffusers' U-Net, the floor of the arithmetic, the paper's GPU.
 
-Ours     The scripts, each in a process of its own, learn two tasks of random images in the datasets' own formats. What
-         task 2 writes into metrics.jsonl is the measurement, without the records that begin in its first 10 updates (on
-         a CPU 1), where kernels are chosen and compiled. A record is a mean of up to 50 updates; the deviation is that
-         of records, weighted like the mean by updates. Only JDCL's replay is replaced, by random images: after a few
-         updates a model finds no image of some class. Its stage 2 is measured with the classifier's terms on.
-Peer     The same update on diffusers' UNet2DModel, of the same weights and output, with DDIMScheduler and plain Adam,
-         in blocks of as many updates: fp32 with TF32 off; "defaults", PyTorch's own, which are TF32 in convolutions and
-         no search for kernels; bf16 autocast with torch.compile, which is left out on a CPU.
-Floor    FLOP of all forward passes, a backward pass counted as two, at the rate of a large matrix product of the same
-         precision, measured first. It leaves out norms, activations and the optimizer.
-Columns  images/s: new images, not replayed ones. Peak MB: allocated on the device; on a CPU, of the whole process.
-         Counted MB: 16 bytes for a learned parameter (itself, gradient, Adam), 4 for a frozen one, 2 more for each in
-         bf16, and what autograd keeps of an eager forward pass. Parameters: of all nets that the process holds. Paper:
-         Table B.1 of arXiv 2311.14028, on a GTX 1080 Ti.
-Others   sample: ddim.sample of a batch; fid: features of 32x32 images by FID's network, random weights; per call.
+Ours     A train script in a process of its own learns two tasks of random images. The records of task 2 in its
+         metrics.jsonl are the measurement. Those that begin in the first 10 updates (on a CPU 1) are left out, as
+         kernels are chosen and compiled there. A record is a mean of up to 50 updates. The deviation is that of the
+         records. Mean and deviation are weighted by updates. JDCL's replay is random too, because a model of a few
+         updates draws no image of some class. Its stage 2 is measured with the classifier's terms on.
+Peer     The same update on diffusers' UNet2DModel, with the same weights and outputs, DDIMScheduler and plain Adam.
+         "fp32" has TF32 off. "defaults" is what PyTorch does by itself: TF32 in convolutions, no search for kernels.
+         "bf16 compile" is autocast and torch.compile, on CUDA alone.
+Floor    FLOP of all forward passes, a backward pass counted as two, at the speed of a large matrix product of the same
+         precision, which is measured first. It leaves out norms, activations and the optimizer.
+Others   sample: a call of ddim.sample for a batch. fid: features of 32x32 images by FID's network, random weights.
+
+images/s     new images, not replayed ones
+peak MB      allocated on the device; on a CPU that of the whole process
+counted MB   16 bytes for a learned parameter (itself, gradient, Adam), 4 for a frozen one, 2 more for each in bf16, and
+             what autograd keeps of an eager forward pass
+parameters   of all networks that the method needs
+paper        Table B.1 of arXiv 2311.14028, on a GTX 1080 Ti
 
     python tests/benchmark.py [--scale laptop] [--rows '*gd fp32*' '*sample*'] [--seconds 10] [--out FILE.json]
 """
 
-import argparse
-import contextlib
 import copy
 import functools
-import gc
 import importlib
 import json
 import os
-import pickle
-import re
 import shutil
 import signal
 import subprocess
@@ -42,14 +40,20 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import data  # noqa: E402
 import run  # noqa: E402
+import train_gd  # noqa: E402
+import train_jdcl  # noqa: E402
 from ddim import alpha_bar, sample  # noqa: E402
-from unet import NETS, UNet, cost  # noqa: E402
+from eval_fid import fid_features, inception_network  # noqa: E402
+from report import commit, machine  # noqa: E402
+from unet import NETS, UNet, cost, resnet18  # noqa: E402
 
 PAPER = {  # ms per update, parameters
     "fashion-mnist finetune": "253.3 ± 8.8; 42,855,873", "cifar10 finetune": "383.4 ± 95.3; 35,746,307",
@@ -62,143 +66,124 @@ HEAD = ["row", "ms", "updates", "images/s", "floor, ms", "floor / ms", "peak MB"
 # --------------------------------------------------------------------------------------------- what is measured
 
 def jobs(scale, cuda):
-    """What each process has to do, in order: `kind`, the function below that does it, its rows, and what it needs."""
-    from eval_fid import inception_network
-    from train_gd import PRESETS
-    from train_jdcl import PRESETS as JDCL
-    from train_jdcl import Separate
+    """All measurements in order, a dict each: `kind` (the function below that makes it), `rows`, and what it needs."""
+    def row(name, setting, batch, passes, flop, **more):  # passes and flop are of one image, and all of an update
+        return dict(name=name, precision=setting.split()[0], batch=batch, passes=passes, flop=flop * batch, **more)
 
-    def row(name, setting, batch, passes, flop, net=None, images=0, frozen=0, **more):  # passes, flop: of an image
-        precision = setting.split()[0]
-        if images:  # that an update learns from
-            more["counted_mb"] = round(counted(net, precision, images, frozen) / 2**20)
-        return dict(name=name, precision=precision, batch=batch, passes=passes, flop=flop * batch, **more)
-
-    def command(dataset, setting, *first):
+    def command(setting, *first):
         precision, *compiled = setting.split()
         return [*first, "--dataset", dataset, "--scale", scale, "--class-order", "0,1|2,3", "--sample-steps", "1",
                 "--precision", precision, "--compile" if compiled else "--no-compile"]
 
     settings = ["fp32", "tf32", "bf16", "bf16 compile"] if cuda else ["fp32", "bf16"]
-    peers = {"fp32": "fp32", "tf32": "defaults", settings[-1]: "bf16 compile"}
+    peers = {"fp32": "fp32", "tf32": "defaults", "bf16 compile": "bf16 compile"}
     for dataset in ["fashion-mnist", "cifar10"] if scale == "paper" else ["fashion-mnist"]:
-        label = dataset if scale == "paper" else "laptop"
-        net, B, S = (PRESETS[scale, dataset][key] for key in ("unet", "batch_size", "teacher_steps"))
+        label, preset = dataset if scale == "paper" else "laptop", train_gd.PRESETS[dataset][scale]
+        net, B, S, ahead = (preset[key] for key in ("unet", "batch_size", "teacher_steps", "draw_ahead"))
         flop, batch = cost(net)[3], 1024 if cuda else 64 if scale == "laptop" else 4
-        methods = dict(finetune=(3, "train_gr", "--replay", "none"), gr=(6 + S, "train_gr"), gd=(7 + S, "train_gd"))
+        methods = {"finetune": (3, "train_gr", "--replay", "none"),  # passes: forward, and a backward one is two
+                   "gr": (6 + S, "train_gr"), "gd": (7 + S, "train_gd")}
         for s in settings:
-            for method, (passes, *script) in methods.items():
-                name = f"{label} {method}"
-                frozen = int(method != "finetune")
-                for more in [], ["--draw-ahead", "8" if scale == "laptop" else "1"]:  # the other one
-                    if method == "gd" or not more:
-                        yield dict(
-                            kind="script", command=command(dataset, s, *script, "--iterations", "1,{n}", *more),
-                            rows=[row(" ".join([name, s, *more]), s, B, passes, passes * flop, net, (1 + frozen) * B,
-                                      frozen, paper=PAPER.get(name))])
+            for method, (passes, *first) in methods.items():
+                name, frozen = f"{label} {method}", int(method != "finetune")
+                more = dict(counted_mb=counted_mb(net, s, (1 + frozen) * B, frozen), paper=PAPER.get(name))
+                variants = [[], ["--draw-ahead", "1" if ahead > 1 else "8"]] if method == "gd" else [[]]
+                for flags in variants:
+                    yield dict(kind="script", command=command(s, *first, "--iterations", "1,{n}", *flags),
+                               rows=[row(" ".join([name, s, *flags]), s, B, passes, passes * flop, **more)])
             if p := peers.get(s):
-                yield dict(kind="peer" if cuda or p == "fp32" else None, net=net, batch=B, steps=S, setting=p, rows=[
-                    row(f"{label} {method} {p}, diffusers", "tf32" if p == "defaults" else p, B, passes, passes * flop,
-                        method=method) for method, (passes, *_) in methods.items()])
+                yield dict(kind="peer", net=net, batch=B, steps=S, setting=p, rows=[
+                    row(f"{label} {method} {p}, diffusers", s, B, passes, passes * flop, method=method)
+                    for method, (passes, *_) in methods.items()])
         for steps in (2, 10) if S == 2 else (S,):
             for s in settings[:3]:
                 yield dict(kind="inference", net=net, batch=batch, steps=steps, setting=s, rows=[
                     row(f"{label} sample, {steps} steps, {s}", s, batch, steps, steps * flop)])
-    preset = JDCL[scale, dataset]  # CIFAR-10, or the laptop's Fashion-MNIST
+
+    preset = train_jdcl.PRESETS[dataset][scale]  # of CIFAR-10, or of the laptop's Fashion-MNIST
     net, B = preset["unet"], preset["batch_size"]
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        separate = Separate(10, 16 if scale == "laptop" else 64, **NETS[net])
-        separate.classify(torch.empty(1, separate.in_channels, *[cost(net)[0]] * 2))
+    image = NETS[net]["in_channels"], *[cost(net)[0]] * 2
+    separate = count_flop(partial(resnet18, image[0], 10, 16 if image[1] < 32 else 64), image)
     for s in settings:
-        for name, more, flop in (("jdcl", [], sum(cost(net, 10)[3:])),  # of an image that is denoised and classified
-                                 ("jdcl separate", ["--separate"], cost(net)[3] + counter.get_total_flops())):
-            held = () if more else (net, B, 3)
-            yield dict(kind="script", rows=[
-                row(f"{label} {name} {stage} {s}", s, B, 2 * n, n * flop, *held, stage=stage)
-                for stage, n in (("local", 3), ("global", 4))], command=command(
-                    dataset, s, "train_jdcl", "--local-iterations", "1,{n}", "--global-iterations", "{n}",
-                    "--eval-every", "{n}", "--classifier-start", "0", "--replay-per-class", "100", *more))
+        for name, flags, flop in (("jdcl", [], sum(cost(net, 10)[3:])),  # of an image that is denoised and classified
+                                  ("jdcl separate", ["--separate"], cost(net)[3] + separate)):
+            more = {} if flags else {"counted_mb": counted_mb(net, s, B, 3)}
+            yield dict(kind="script", command=command(
+                s, "train_jdcl", "--local-iterations", "1,{n}", "--global-iterations", "{n}", "--eval-every", "{n}",
+                "--classifier-start", "0", "--replay-per-class", "100", *flags), rows=[
+                row(f"{label} {name} {stage} {s}", s, B, 2 * n, n * flop, stage=stage, **more)
+                for stage, n in (("local", 3), ("global", 4))])
+    flop, batch = count_flop(inception_network, (3, 299, 299)), 128 if cuda else 2
+    yield dict(kind="inference", batch=batch, rows=[row("fid fp32", "fp32", batch, 1, flop)])
+
+
+def count_flop(build, image):
+    """FLOP of a forward pass of build() for an image of this shape."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        inception_network()(torch.empty(1, 3, 299, 299))
-    batch = 128 if cuda else 2
-    yield dict(kind="inference", batch=batch, rows=[row("fid fp32", "fp32", batch, 1, counter.get_total_flops())])
+        build()(torch.empty(1, *image))
+    return counter.get_total_flops()
+
+
+def counted_mb(net, setting, images, frozen):
+    """Memory of an update on paper, see the top: it learns from so many images, and `frozen` more nets are held."""
+    bf16 = setting.startswith("bf16")
+    parameters, activations = memory_of(net, bf16)
+    return round((parameters * (16 + 4 * frozen + 2 * bf16 * (1 + frozen)) + activations * images) / 2**20)
 
 
 @functools.cache
-def counted(net, precision, images, frozen):
-    """Bytes of an update on paper, see the top; those of the activations grow by as much with each image."""
-    found = {}
+def memory_of(net, bf16):
+    """Parameters of a net, and the bytes that autograd keeps of each image's forward pass; nothing is computed."""
+    kept, sizes = [], []
 
-    def note(tensor):
-        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        kept.append(tensor)  # or else another could get its address
+    def keep(tensor):
+        kept.append(tensor)
         return tensor
 
-    model, sizes, kept = UNet(**NETS[net], classes=10 if "hidden" in NETS[net] else 0), [], []
-    for n in 1, 2:
-        x, t = torch.randn(n, model.in_channels, *[cost(net)[0]] * 2), torch.zeros(n, dtype=torch.int64)
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast:
-            outputs = [model(x, t), model.classify(x) if hasattr(model, "head") else None]
-        sizes.append(sum(found.values()))
-        found.clear()
-        kept.clear()
-        del outputs
-    bytes_each = 16 + 4 * frozen + (2 + 2 * frozen) * (precision == "bf16")
-    return sum(p.numel() for p in model.parameters()) * bytes_each + (sizes[1] - sizes[0]) * images
-
-
-def make_data(folder):
-    """Random images as files of Fashion-MNIST and CIFAR-10, 1,280 of each class to train with, 10 to test."""
-    random, cifar = np.random.default_rng(0), folder / "cifar-10-batches-py"
-    cifar.mkdir(parents=True)
-    for split, n in ("train", 12800), ("t10k", 100):
-        size, sides = n.to_bytes(4, "big"), bytes([0, 0, 0, 28] * 2)
-        (folder / f"{split}-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03" + size + sides + random.bytes(n * 28 * 28))
-        (folder / f"{split}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + size + bytes(range(10)) * (n // 10))
-    for file, n in [(f"data_batch_{i}", 2560) for i in range(1, 6)] + [("test_batch", 100)]:
-        batch = {b"data": random.integers(256, size=(n, 3072), dtype=np.uint8), b"labels": [*range(10)] * (n // 10)}
-        (cifar / file).write_bytes(pickle.dumps(batch, protocol=4))
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        model = UNet(**NETS[net], classes=10 if "hidden" in NETS[net] else 0)
+        for n in 1, 2:
+            kept.clear()
+            x, t = torch.empty(n, model.in_channels, *[cost(net)[0]] * 2), torch.zeros(n, dtype=torch.int64)
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                _outputs = [model(x, t), model.classify(x) if hasattr(model, "head") else None]
+            storages = {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in kept)}
+            sizes.append(sum(storage.nbytes() for storage in storages.values()))  # each storage once
+    return sum(p.numel() for p in model.parameters()), sizes[1] - sizes[0]  # the weights are kept once
 
 
 # ------------------------------------------- in a process of its own, one for each job; each yields what it has found
 
 def script(job):
-    """A train script as its command runs it; it also counts the parameters of its nets when it saves task 2."""
-    name, *rest = job["command"]
-    module, save, held = importlib.import_module(name), run.save, []
+    """A train script as its command runs it, on random images."""
+    def load_images(dataset, split, data_dir, side):
+        y = torch.arange(12800 if split == "train" else 100) % 10
+        return torch.randint(256, (len(y), data.info(dataset).channels, side, side), dtype=torch.uint8), y
 
-    def save_and_count(path, state):
-        nets = [net for net in gc.get_objects() if isinstance(net, UNet)]
-        held.append(sum(p.numel() for net in nets for p in net.parameters()))
-        save(path, state)
+    def draw(job, side, classes, saved, labeller):
+        shape = job.args.replay_per_class, *job.shape
+        return {c: torch.randint(256, shape, dtype=torch.uint8) for c in classes}, {}
 
-    def draw(args, generator, labeller, k, source, classes, abar, kept, save):
-        kept["labels"] = torch.tensor(classes).repeat_interleave(args.replay_per_class)
-        kept["images"] = torch.randint(256, (len(kept["labels"]), *kept["images"].shape[1:]), dtype=torch.uint8)
-
-    run.save = save_and_count
-    if name == "train_jdcl":
-        module.draw = draw
+    data.load_images, train_jdcl.draw = load_images, draw
+    name, *flags = job["command"]
     n = min(row["n"] for row in job["rows"]) + job["warm"]
-    sys.argv = [f"{name}.py", *(part.format(n=n) for part in rest), "--save-every", "99999999", "--data-dir", "data",
-                "--out", "run", "--device", job["device"]]
-    run.main(module.main)
-    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    sys.argv = [f"{name}.py", *(flag.format(n=n) for flag in flags), "--save-every", "99999999", "--out", "run",
+                "--device", job["device"]]
+    run.main(importlib.import_module(name).main)
+    parameters = json.loads(Path("run/config.json").read_text())["parameters"]
+    records = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     for row in job["rows"]:
-        some, last = [], n if row.get("stage") == "global" else 0  # update n is where JDCL's second stage begins
-        for r in (r for r in lines if r["task"] == 2 and r.get("stage") == row.get("stage")):
-            some.append(dict(begin=last % n, n=r["update"] - last, ms=r["ms_per_update"], mb=r["peak_memory_mb"]))
+        found, last = [], n if row.get("stage") == "global" else 0  # JDCL's stage 2 begins after update n
+        for r in (r for r in records if r["task"] == 2 and r.get("stage") == row.get("stage")):
+            if last % n >= job["warm"]:
+                found.append(dict(n=r["update"] - last, ms=r["ms_per_update"], mb=r["peak_memory_mb"]))
             last = r["update"]
-        some = [r for r in some if r["begin"] >= job["warm"]]
-        yield dict(row=row["name"], records=some, parameters=held[-1], command=sys.argv)
+        yield dict(row=row["name"], records=found, parameters=parameters, command=sys.argv)
 
 
 def begin(job):
-    """The device, and its arithmetic set as the train scripts do, but "defaults" leaves all as PyTorch has it."""
-    device, setting = torch.device(job["device"]), job.get("setting", "fp32")
-    if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)
+    """The device and its arithmetic, set as the train scripts do; "defaults" leaves all as PyTorch has it."""
+    device, setting = run.pick_device(job["device"]), job.get("setting", "fp32")
     if setting != "defaults":
         torch.backends.cudnn.benchmark = True
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = setting == "tf32"
@@ -207,23 +192,15 @@ def begin(job):
 
 def timed(function, blocks, device):
     """Call it so many times for each block; ms are per call."""
-    def mark():
-        if device.type == "cpu":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
     records = []
     for n in blocks:
-        begun = mark()
+        begun = time.perf_counter()
         for _ in range(n):
             function()
-        end = mark()
-        if device.type == "cuda":
-            end.synchronize()
-        ms = 1000 * (end - begun) if device.type == "cpu" else begun.elapsed_time(end)
-        records.append(dict(n=n, ms=ms / n, mb=run.peak_memory_mb(device)))
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        ms = 1000 * (time.perf_counter() - begun) / n
+        records.append(dict(n=n, ms=ms, mb=run.peak_memory_mb(device)))
     return records
 
 
@@ -243,23 +220,21 @@ def inference(job):
     device, autocast = begin(job)
     if "net" in job:
         model, abar, side = UNet(**NETS[job["net"]]).to(device), alpha_bar().to(device), cost(job["net"])[0]
-        x = torch.randn(job["batch"], model.in_channels, side, side, device=device)
-        call = partial(sample, model, x, abar, job["steps"])
+        x_T = torch.randn(job["batch"], model.in_channels, side, side, device=device)
+        call = partial(sample, model, x_T, abar, job["steps"])
     else:
-        from eval_fid import fid_features, inception_network
-        x = torch.randint(256, (job["batch"], 1, 32, 32), dtype=torch.uint8)
-        call = partial(fid_features(inception_network(), "tf1", device), x)
+        u8 = torch.randint(256, (job["batch"], 1, 32, 32), dtype=torch.uint8)
+        call = partial(fid_features(inception_network(), "tf1", device), u8)
     with autocast:
         calls = int(1000 * job["seconds"] / timed(call, [1, 1], device)[1]["ms"])
         yield dict(row=job["rows"][0]["name"], records=timed(call, [1] * max(2, min(20, calls)), device))
 
 
-def peer(job):
-    """The update of each row's method, on diffusers' U-Net."""
-    from diffusers import DDIMScheduler, UNet2DModel
+def diffusers_net(name):
+    """Diffusers' UNet2DModel that computes the same as UNet(**NETS[name]), and the shape of its images."""
+    from diffusers import UNet2DModel
 
-    device, autocast = begin(job)
-    net, side, B = NETS[job["net"]], cost(job["net"])[0], job["batch"]
+    net, side = NETS[name], cost(name)[0]
     down = ["AttnDownBlock2D" if i in net["attention"] else "DownBlock2D" for i in range(len(net["channels"]))]
     ours, model = UNet(**net), UNet2DModel(
         in_channels=net["in_channels"], out_channels=net["in_channels"], layers_per_block=net["layers"],
@@ -270,19 +245,32 @@ def peer(job):
     x, t = torch.randn(2, net["in_channels"], side, side), torch.tensor([7, 999])
     with torch.no_grad():
         torch.testing.assert_close(model(x, t).sample, ours(x, t), rtol=0, atol=1e-4)
+    return model, x.shape[1:]
+
+
+def peer(job):
+    """The update of each row's method, on diffusers' U-Net."""
+    from diffusers import DDIMScheduler
+
+    (device, autocast), B = begin(job), job["batch"]
+    model, shape = diffusers_net(job["net"])
     model.to(device)
-    images = torch.randint(256, (1000, *x.shape[1:]), dtype=torch.uint8, device=device)
+    prev, optimizer = copy.deepcopy(model).eval().requires_grad_(False), torch.optim.Adam(model.parameters(), 2e-4)
+    if job["setting"].endswith("compile"):
+        for net in model, prev:
+            net.compile(dynamic=False)
+    images = torch.randint(256, (1000, *shape), dtype=torch.uint8, device=device)
     scheduler = DDIMScheduler(1000, rescale_betas_zero_snr=True, timestep_spacing="trailing")
     scheduler.set_timesteps(job["steps"])
-    taus, prev, optimizer = scheduler.timesteps.tolist(), None, torch.optim.Adam(model.parameters(), 2e-4)
+    taus = scheduler.timesteps.tolist()
 
-    def diffuse(x):
-        eps, t = torch.randn_like(x), torch.randint(1000, (len(x),), device=device)
-        return scheduler.add_noise(x, eps, t), t, eps
+    def diffuse(x_0):
+        eps, t = torch.randn_like(x_0), torch.randint(1000, (len(x_0),), device=device)
+        return scheduler.add_noise(x_0, eps, t), t, eps
 
     @torch.no_grad()
     def replay(method):
-        x = torch.randn(B, *images.shape[1:], device=device)
+        x = torch.randn(B, *shape, device=device)
         for tau in taus:
             eps = prev(x, torch.full((B,), tau, device=device)).sample.float()
             x = scheduler.step(eps, tau, x).prev_sample
@@ -300,46 +288,33 @@ def peer(job):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    compiled = job["setting"].endswith("compile")
-    if compiled:
-        model.compile(dynamic=False)
     for row in job["rows"]:
-        if row["method"] != "finetune" and prev is None:
-            prev = copy.deepcopy(model).eval().requires_grad_(False)
-            if compiled:
-                prev.compile(dynamic=False)
         call, n = partial(update, row["method"]), row["n"]
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         timed(call, [job["warm"]], device)
         every = max(1, min(50, (n + job["warm"]) // 20))  # as in the train scripts
         records = timed(call, [min(every, n - i) for i in range(0, n, every)], device)
-        held = sum(p.numel() for some in (model, prev) if some for p in some.parameters())
-        yield dict(row=row["name"], records=records, parameters=held)
+        nets = 1 if row["method"] == "finetune" else 2
+        yield dict(row=row["name"], records=records, parameters=nets * sum(p.numel() for p in model.parameters()))
 
 
 # --------------------------------------------------------------------------------------------------- the table
 
 def work(folder, job):
-    """Do a job in a new process, no part of which outlives this: its rows, with what was found or why it failed."""
-    with open(folder / "out", "w+") as out, open(folder / "err", "w+") as err:
-        process = subprocess.Popen([sys.executable, __file__, "--job", json.dumps(job)], cwd=folder, stdout=out,
-                                   stderr=err, start_new_session=True)
-        try:
-            code = process.wait()
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # also what compiles for it
-            process.wait()
-            shutil.rmtree(folder / "run", ignore_errors=True)
-    found = [json.loads(line) for line in (folder / "out").read_text().splitlines() if line.startswith("{")]
+    """Do a job in a new process: its rows, with what was found or why it failed."""
+    process = subprocess.run([sys.executable, __file__, "--job", json.dumps(job)], cwd=folder, capture_output=True,
+                             encoding="utf-8")
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    found = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
     found = {line.pop("row"): line for line in found}
-    last = ["", *(folder / "err").read_text().replace("|", "/").splitlines()][-1][:150]
-    return [dict(row, **found.get(row["name"], dict(note=f"exit code {code}: {last}"))) for row in job["rows"]]
+    last = ["", *process.stderr.replace("|", "/").splitlines()][-1][:150]
+    return [dict(row, **found.get(row["name"], dict(note=f"exit code {process.returncode}: {last}")))
+            for row in job["rows"]]
 
 
 def cells(row, rate):
-    """A row of the table; its numbers are added to `row`."""
+    """A line of the table; its numbers are added to `row`."""
     row["floor"] = 1000 * row["flop"] / rate[row["precision"]]
     measured = ["–"] * 8
     if "note" not in row:
@@ -355,35 +330,29 @@ def cells(row, rate):
 
 
 def main(folder):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = run.parser(__doc__)
     add = parser.add_argument
     add("--out", type=Path, metavar="FILE.json", help="all numbers, with every record; written anew after each row")
     add("--rows", nargs="+", default=["*"], metavar="GLOB", help="rows so named, such as '* gd fp32*'; 'x' lists them")
     add("--updates", type=run.positive(int, 1e6), help="measured in a row (default: as many as the seconds allow)")
     add("--seconds", type=run.positive(float), default=30.0, help="for a row, about; 3 to 1000 updates (default: 30)")
-    add("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda or cuda:<i>")
-    add("--scale", choices=["paper", "laptop"], help="default: paper on CUDA, laptop on a CPU")
+    add("--device", default="auto", help="auto (CUDA, else mps, else cpu), cpu, mps, cuda or cuda:<i>")
+    add("--scale", choices=["paper", "laptop"], help="default: paper on CUDA, else laptop")
     args = parser.parse_args()
     device = run.pick_device(args.device)
     cuda = device.type == "cuda"
     planned = list(jobs(args.scale or ("paper" if cuda else "laptop"), cuda))
     names = [row["name"] for job in planned for row in job["rows"]]
-    chosen = {name for name in names for pattern in args.rows if fnmatch(name, pattern)}
-    if not chosen:
-        parser.error(f"--rows {' '.join(args.rows)} matches none of: {'; '.join(names)}")
     for job in planned:
-        job["rows"] = [row for row in job["rows"] if row["name"] in chosen]
+        job["rows"] = [row for row in job["rows"] if any(fnmatch(row["name"], pattern) for pattern in args.rows)]
     planned = [job for job in planned if job["rows"]]
+    if not planned:
+        parser.error(f"--rows {' '.join(args.rows)} matches none of: {'; '.join(names)}")
 
-    cpu = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    found = dict(device=torch.cuda.get_device_name(device) if cuda else (cpu + ["a CPU"])[0], torch=torch.__version__,
-                 threads=torch.get_num_threads(), load=os.getloadavg()[0], commit=commit or "unknown",
-                 arguments=sys.argv[1:], rows=[])
-    save = partial(run.write_json, args.out) if args.out else lambda found: None
-    save(found)  # if that cannot be, it is told now
-    make_data(folder / "data")
+    found = dict(device=machine(device.type), torch=torch.__version__, threads=torch.get_num_threads(),
+                 load=os.getloadavg()[0], commit=commit() or "unknown", arguments=sys.argv[1:], rows=[])
+    if args.out:
+        run.check_writable(args.out)
     common = dict(device=str(device), seconds=args.seconds, warm=10 if cuda else 1)
     precisions = sorted({row["precision"] for job in planned for row in job["rows"]})
     products = work(folder, dict(common, kind="rates", rows=[dict(name=precision) for precision in precisions]))
@@ -398,12 +367,11 @@ def main(folder):
         for row in job["rows"]:  # a guess: an update takes twice its floor, and 5 ms a pass to launch kernels
             guess = 2 * row["flop"] / rate[row["precision"]] + 0.005 * row["passes"] * cuda
             row["n"] = args.updates or max(3, min(1000, int(args.seconds / guess)))
-        done = work(folder, dict(job, **common)) if job["kind"] else [
-            dict(row, note="not measured on a CPU") for row in job["rows"]]
-        for row in done:
+        for row in work(folder, dict(job, **common)):
             print(f"| {' | '.join(cells(row, rate))} |", flush=True)
-        found["rows"] += done
-        save(found)
+            found["rows"].append(row)
+        if args.out:
+            run.write_json(args.out, found)
 
 
 if __name__ == "__main__":
@@ -414,5 +382,5 @@ if __name__ == "__main__":
     else:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-            os.environ.update(CL_DATA_UNVERIFIED="1", TORCHINDUCTOR_CACHE_DIR=f"{folder}/compiled")
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/compiled"
             run.main(partial(main, Path(folder)))

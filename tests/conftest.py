@@ -46,7 +46,7 @@ def main(tmp_path, monkeypatch, capfd):
             code = leaving.code
         finally:
             while run.locks:
-                run.locks.pop().close()
+                run.locks.pop().release()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         return subprocess.CompletedProcess([name, *arguments], code, *capfd.readouterr())

@@ -1,12 +1,13 @@
-"""data.py on the real Fashion-MNIST, on files of CIFAR's and ImageNet's form made here, and on damage of every kind.
+"""data.py: tasks, pixels, the originals (made here in their formats; Fashion-MNIST also real), folders of pictures.
 
     python -m pytest tests/test_data.py
 """
 
+import argparse
+import functools
 import gzip
 import hashlib
 import http.server
-import io
 import os
 import pickle
 import shutil
@@ -15,35 +16,54 @@ import struct
 import tarfile
 import threading
 import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from torchvision.datasets import CIFAR10, CIFAR100, MNIST
 
 import data
 from run import InputError
 
-DEBIAN = Path("/usr/share/datasets/fashion-mnist")
-FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 RANDOM = np.random.RandomState(0)
+REAL = next((folder for folder in (data.DEBIAN, Path("data/fashion-mnist"), Path("data"), Path("data/FashionMNIST/raw"))
+             if (folder / "train-images-idx3-ubyte.gz").exists()), None)
+real = pytest.mark.skipif(REAL is None, reason="needs the real Fashion-MNIST (Debian's package dataset-fashion-mnist, "
+                          "or data/)")
 
 
 @pytest.fixture(autouse=True)
-def no_settings(monkeypatch):
-    """What a machine may have set in its environment changes no test."""
-    monkeypatch.delenv("CL_DATA_UNVERIFIED", raising=False)
+def machine(monkeypatch, tmp_path):
+    """No proxy, no package, an empty torch cache, nothing printed before."""
     for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(data, "DEBIAN", tmp_path / "none")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    data.say.cache_clear()
 
 
-def error(*arguments):
-    """The one sentence with which load_images refuses."""
+def refusal(function, *arguments):
+    """The one sentence with which a function refuses its arguments."""
     with pytest.raises(InputError) as caught:
-        data.load_images(*arguments)
+        function(*arguments)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def load(dataset, split, data_dir="", image_size=32):
+    """load_images as numpy arrays."""
+    images, y = data.load_images(str(dataset), split, data_dir, image_size)
+    assert images.dtype == torch.uint8 and y.dtype == torch.int64
+    assert len(images) == len(y) and images.shape[2:] == (image_size, image_size)
+    return images.numpy(), y.numpy()
+
+
+def noise(*shape):
+    return RANDOM.randint(0, 256, shape).astype(np.uint8)
 
 
 # ----------------------------------------------------------------------------- pixels and tasks
@@ -55,485 +75,207 @@ def test_every_level_through_normalize_and_quantize():
     torch.testing.assert_close(x.double(), u8.double() / 127.5 - 1, atol=1e-6, rtol=0)
     lower = (u8 >= 1) & (u8 <= 63)  # the 63 levels that the released evaluation loses as well
     assert torch.equal(data.quantize(x), u8 - lower.to(torch.uint8))
-
-
-def test_quantize_clamps_and_truncates():
     x = torch.tensor([-7.0, -1.0, 0.0, 1.0 - 1e-3, 1.0, 7.0])
     assert data.quantize(x).tolist() == [0, 0, 127, 254, 255, 255]  # 127.5 and 254.87 are cut, not rounded
-    assert data.quantize(x.bfloat16()[:2]).dtype == torch.uint8
 
 
-def test_class_orders_of_the_papers_seeds():
-    orders = {42: [[2, 6], [1, 8], [4, 5], [0, 9], [3, 7]],
+def test_class_orders():
+    orders = {42: [[2, 6], [1, 8], [4, 5], [0, 9], [3, 7]],  # of the paper's seeds
               69: [[0, 2], [3, 5], [4, 1], [6, 9], [8, 7]],
               1714: [[7, 3], [8, 0], [1, 4], [6, 2], [9, 5]]}
-    for seed, order in orders.items():
-        state = torch.get_rng_state()
-        assert data.class_tasks(10, 5, None, seed) == data.class_tasks(10, 5, "random", seed) == order
-        assert torch.equal(state, torch.get_rng_state())
-
-
-def test_class_orders_stated():
+    state = torch.get_rng_state()
+    assert {seed: data.class_tasks(10, 5, "random", seed) for seed in orders} == orders
+    assert torch.equal(state, torch.get_rng_state())
     assert data.class_tasks(10, 5, "natural", 42) == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
-    assert data.class_tasks(10, 1, "natural", 42) == [list(range(10))]
-    assert data.class_tasks(10, None, "0,1|2,7|8,9", 42) == [[0, 1], [2, 7], [8, 9]]
-    assert data.class_tasks(10, 3, "3|0,1,2|9", 42) == [[3], [0, 1, 2], [9]]
+    assert data.class_tasks(10, 3, "0,1|2,7|8,9", 42) == [[0, 1], [2, 7], [8, 9]]
+    assert data.class_tasks(10, 2, "3|0,1,2|9", 42) == [[3], [0, 1, 2]]  # the first two
+    assert [data.count_tasks(order) for order in ("random", "natural", "0", "0,1|2", "0|1|2")] == [5, 5, 1, 2, 3]
+    for tasks, order, words in (
+            (3, "random", "choose one of 1, 2, 5, 10, or state the tasks with --class-order"), (0, "0|1", "--tasks 0"),
+            (2, "0,1|1,2", "at most once"), (1, "0,10", "at most once"), (3, "0,1||2", "not understood"),
+            (5, "0|1|2", "--tasks 5, but the class order '0|1|2' states 3: give another --class-order")):
+        assert words in refusal(data.class_tasks, 10, tasks, order, 0)
 
 
-@pytest.mark.parametrize("tasks, order, word", [
-    (3, None, "choose a divisor"), (0, None, "choose a divisor"), (None, "natural", "choose a divisor"),
-    (4, "natural", "choose a divisor"), (None, "0,1|1,2", "at most once"), (None, "0,0", "at most once"),
-    (None, "0,10", "at most once"), (None, "0,-1", "at most once"), (None, "0,1||2", "not understood"),
-    (None, "", "not understood"), (None, "0,1|", "not understood"), (None, "a,b", "not understood"),
-    (None, "0.5", "not understood"), (2, "0|1|2", "states 3 tasks")])
-def test_class_orders_that_make_no_sense(tasks, order, word):
-    with pytest.raises(InputError, match=word):
-        data.class_tasks(10, tasks, order, 0)
+def test_names_and_digests(tmp_path, monkeypatch, capsys):
+    assert {name: data.info(name).like for name in data.DATASETS if name != "imagenet100"} == {
+        "fashion-mnist": "fashion-mnist", "mnist": "fashion-mnist", "cifar10": "cifar10", "cifar100": "cifar100",
+        "shapes": "shapes"}
+    monkeypatch.chdir(tmp_path)
+    for name in "pets", "shapes":
+        Path(name).mkdir()
+    assert [data.dataset(name) for name in ("mnist", "pets", "./shapes")] == ["mnist", "pets", "./shapes"]
+    assert not capsys.readouterr().err and data.dataset("shapes") == data.dataset("shapes") == "shapes"
+    assert capsys.readouterr().err == "warning: shapes is the dataset; for the folder of this name give ./shapes\n"
+    for wrong in ("fashon-mnist", "pets/none", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="neither a folder nor one of fashion-mnist, mnist, "):
+            data.dataset(wrong)
+    u8, y = torch.arange(24, dtype=torch.uint8).view(2, 1, 3, 4), torch.tensor([0, 1])
+    others = [(u8 + 1, y), (u8, y + 1), (u8.view(2, 1, 4, 3), y), (u8.flip(0), y.flip(0))]
+    assert len({data.digest(*pair) for pair in [(u8, y), (u8.clone(), y.clone()), *others]}) == 5
 
 
-def test_tables():
-    sizes = {"fashion-mnist": (10, 1, 28), "cifar10": (10, 3, 32), "cifar100": (100, 3, 32),
-             "imagenet100": (100, 3, 64), "shapes": (10, 1, 32)}
-    assert {k: (len(set(d["classes"])), d["channels"], d["size"]) for k, d in data.DATASETS.items()} == sizes
-    assert len(data.figures()) == 10
-    assert "no-such" in error("no-such", "train", "", 32)
+def test_resize():
+    for channels, h, side in (1, 28, 32), (3, 32, 64), (1, 28, 45), (3, 64, 48), (1, 32, 28):
+        image = noise(1, channels, h, h)
+        for plane, ours in zip(image[0], data.resize(image, side)[0], strict=True):
+            assert np.array_equal(ours, np.asarray(Image.fromarray(plane).resize((side, side), Image.BILINEAR)))
+    images = noise(3, 1, 28, 28)
+    padded = np.pad(images, ((0, 0), (0, 0), (2, 2), (2, 2))).astype(np.float64)  # a black border
+    means = np.floor(padded.reshape(3, 1, 16, 2, 16, 2).mean((3, 5)) + 0.5)
+    assert np.array_equal(data.resize(images, 16), means)
+    white = np.full((1, 3, 64, 64), 255, np.uint8)
+    assert all((data.resize(white, side) == 255).all() for side in (8, 16, 32, 48, 64, 80))
 
 
-# ----------------------------------------------------------------------------- resizing
+# ----------------------------------------------------------------------------- (Fashion-)MNIST
 
-@pytest.mark.parametrize("channels, small, large", [(1, 28, 32), (3, 32, 64), (1, 28, 45)])
-def test_larger_is_pils_bilinear(channels, small, large):
-    images = RANDOM.randint(0, 256, (5, channels, small, small)).astype(np.uint8)
-    resized = data.resize(images, large)
-    for image, ours in zip(images, resized, strict=True):
-        for plane, our in zip(image, ours, strict=True):
-            assert np.array_equal(our, np.asarray(Image.fromarray(plane).resize((large, large), Image.BILINEAR)))
-
-
-def test_smaller_is_the_mean_of_blocks_inside_a_border():
-    images = RANDOM.randint(0, 256, (3, 1, 28, 28)).astype(np.uint8)
-    small = data.resize(images, 16)
-    assert small.shape == (3, 1, 16, 16) and small.dtype == np.uint8
-    assert not small[..., 0, :].any() and not small[..., :, -1].any()  # two of the 32 columns on each side are border
-    padded = np.pad(images, ((0, 0), (0, 0), (2, 2), (2, 2))).astype(np.float64)
-    mean = padded.reshape(3, 1, 16, 2, 16, 2).mean((3, 5))
-    assert np.array_equal(small, np.floor(mean + 0.5))
-    white = np.full((1, 3, 32, 32), 255, np.uint8)
-    assert (data.resize(white, 16) == 255).all() and (data.resize(white, 8) == 255).all()
-    assert data.resize(white, 32) is white  # 32x32 stays as it is
-
-
-# ----------------------------------------------------------------------------- Fashion-MNIST
-
-def test_fashion_mnist_is_the_real_one():
-    for split, per_class in (("train", 6000), ("test", 1000)):
-        images, y = data.load_images("fashion-mnist", split, "no-such-folder", 28)
-        assert images.shape == (10 * per_class, 1, 28, 28) and images.dtype == torch.uint8
-        assert y.dtype == torch.int64 and y.bincount().tolist() == [per_class] * 10
-    assert y[:5].tolist() == [9, 2, 1, 1, 6]  # the test set opens with a boot, a pullover, two trousers, a shirt
-    body = hashlib.md5(b"\0\0\10\3" + struct.pack(">3I", 10000, 28, 28) + images.numpy().tobytes()).hexdigest()
-    assert body == "8181f5470baa50b63fa0f6fddb340f0a"
-    larger, _ = data.load_images("fashion-mnist", "test", "no-such-folder", 32)
-    single = Image.fromarray(images[17, 0].numpy()).resize((32, 32), Image.BILINEAR)
-    assert np.array_equal(larger[17, 0].numpy(), np.asarray(single))
-
-
-@pytest.mark.parametrize("place, raw", [("", False), ("fashion-mnist", True), ("FashionMNIST/raw", True)])
-def test_fashion_mnist_in_the_data_folder(tmp_path, monkeypatch, place, raw):
-    monkeypatch.setattr(data, "DEBIAN", tmp_path / "none")
-    (tmp_path / place).mkdir(parents=True, exist_ok=True)
-    for file in FILES[2:]:
-        packed = (DEBIAN / f"{file}.gz").read_bytes()
-        (tmp_path / place / (file if raw else file + ".gz")).write_bytes(gzip.decompress(packed) if raw else packed)
-    images, _ = data.load_images("fashion-mnist", "test", tmp_path, 16)
-    assert images.shape == (10000, 1, 16, 16)
+FILES = list(data.MD5["mnist"])
+SPELLINGS = {"plain": str, "gz": lambda f: f + ".gz", "dot": lambda f: f.replace("-idx", ".idx"),
+             "dot.gz": lambda f: f.replace("-idx", ".idx") + ".gz"}
 
 
 def idx(array):
     return bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
 
 
-def spoil(data_dir, labels=None, images=None, pack=True):
-    """A Fashion-MNIST test set in data_dir with the given bytes in place of the real ones; both files' paths."""
-    paths = []
-    for file, given in zip(FILES[2:], (images, labels), strict=True):
-        path = data_dir / (f"{file}.gz" if pack else file)
-        content = gzip.decompress((DEBIAN / f"{file}.gz").read_bytes()) if given is None else given
-        path.write_bytes(gzip.compress(content, 1) if pack else content)
-        paths.append(path)
-    return paths
+def make_mnist(monkeypatch, folder, name="mnist", spelling="gz"):
+    """A small set in MNIST's format, which from now on is the original: {split: (images, labels)}."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = {split: (noise(60, 28, 28), RANDOM.randint(0, 10, 60).astype(np.uint8)) for split in ("train", "test")}
+    contents = dict(zip(FILES, map(idx, made["train"] + made["test"])))
+    for file, content in contents.items():
+        path = folder / SPELLINGS[spelling](file)
+        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    monkeypatch.setitem(data.MD5, name, {file: hashlib.md5(content).hexdigest() for file, content in contents.items()})
+    return made
 
 
-def test_fashion_mnist_damaged_gz_is_refused(tmp_path):
-    real = (DEBIAN / "t10k-images-idx3-ubyte.gz").read_bytes()
-    path = tmp_path / "t10k-images-idx3-ubyte.gz"
-    flipped = bytearray(real)
-    flipped[len(real) // 2] ^= 1
-    for content in (bytes(flipped), real[:len(real) // 2], real[:5], b"", b"<html>404 Not Found</html>"):
-        path.write_bytes(content)
-        sentence = error("fashion-mnist", "test", tmp_path, 28)
-        assert str(path) in sentence and "delete it and run again" in sentence
+def check_loads(made, dataset, data_dir):
+    for split, (images, labels) in made.items():
+        found, y = load(dataset, split, data_dir, images.shape[-1])
+        assert np.array_equal(found.reshape(images.shape), images) and np.array_equal(y, labels)
 
 
-def test_fashion_mnist_changed_content_is_refused(tmp_path):
-    labels = gzip.decompress((DEBIAN / "t10k-labels-idx1-ubyte.gz").read_bytes())
-    changed = labels[:-1] + bytes([(labels[-1] + 1) % 10])  # whole file, right form, one image relabelled
-    for content in (changed, labels[:-1], labels + b"\0"):
-        for pack in (True, False):
-            _, path = spoil(tmp_path, labels=content, pack=pack)
-            sentence = error("fashion-mnist", "test", tmp_path, 28)
-            assert str(path) in sentence and "md5" in sentence and "delete it and run again" in sentence
-            path.unlink()
+@pytest.mark.parametrize("place", ["", "mnist", "MNIST/raw"])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_mnist_in_the_data_folder(tmp_path, monkeypatch, capsys, place, spelling):
+    made = make_mnist(monkeypatch, tmp_path / place, spelling=spelling)
+    if spelling == "dot":  # as on Kaggle, whose folders have the other spelling
+        for file in FILES:
+            (tmp_path / place / file).mkdir()
+    check_loads(made, "mnist", tmp_path)
+    assert capsys.readouterr().out == f"MNIST is read from {tmp_path / place}\n"
 
 
-def test_damaged_package_is_to_be_reinstalled(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "DEBIAN", tmp_path)
-    path = spoil(tmp_path, labels=b"")[1]
-    sentence = error("fashion-mnist", "test", tmp_path / "elsewhere", 28)
-    assert str(path) in sentence and "reinstall the package dataset-fashion-mnist" in sentence
+def test_the_package_is_used_only_where_the_data_folder_has_no_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "DEBIAN", tmp_path / "package")
+    check_loads(make_mnist(monkeypatch, tmp_path / "package", "fashion-mnist"), "fashion-mnist", tmp_path / "nothing")
+    assert capsys.readouterr().out == f"Fashion-MNIST is read from {tmp_path}/package\n"
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "t10k-images.idx3-ubyte").write_bytes(idx(noise(60, 28, 28)))
+    for split in "train", "test":  # never one file from here and one from there
+        sentence = refusal(data.load_images, "fashion-mnist", split, tmp_path / "own", 28)
+        assert sentence.startswith(f"{tmp_path}/own/t") and "--dataset FOLDER" in sentence
 
 
-SMALL = np.arange(600) % 10
+def test_files_that_are_damaged_or_of_another_set_are_refused(tmp_path, monkeypatch):
+    make_mnist(monkeypatch, tmp_path)
+    for file in FILES:
+        path, split = tmp_path / f"{file}.gz", "train" if file.startswith("train") else "test"
+        whole = path.read_bytes()
+        flipped = bytearray(gzip.decompress(whole))
+        flipped[-1] ^= 1
+        for content in (whole[:-9], whole[:5], b"", b"<html>404</html>", gzip.compress(bytes(flipped)), bytes(flipped),
+                        whole[:20] + bytes([whole[20] ^ 4]) + whole[21:], None):
+            path.write_bytes(content) if content is not None else path.unlink()
+            sentence = refusal(data.load_images, "mnist", split, tmp_path, 28)  # the other files are there: no download
+            assert sentence.startswith(f"{tmp_path}/{file}") and "--dataset FOLDER" in sentence
+            assert "is not MNIST's or is damaged" in sentence
+        path.write_bytes(whole)
+    load("mnist", "train", tmp_path)
 
 
-@pytest.mark.parametrize("labels, images, word", [
-    (idx(SMALL[:599].astype(np.uint8)), None, "599 labels for 600 images"),
-    (idx((SMALL + 1).astype(np.uint8)), None, "labels are not 0 to 9"),
-    (idx(np.zeros(600, np.uint8)), None, "0 to 600 images"),
-    (idx(SMALL.astype(np.uint8))[:-1], None, "not a whole idx file of labels"),
-    (b"<html>not found</html>", None, "not a whole idx file of labels"),
-    (None, b"\0\0", "not a whole idx file of images"),
-    (None, idx(np.zeros((600, 27, 28), np.uint8)), "not a whole idx file of images"),
-    (None, idx(np.zeros((600, 28, 28), np.uint8))[:-1], "not a whole idx file of images"),
-    (idx(np.zeros(0, np.uint8)), idx(np.zeros((0, 28, 28), np.uint8)), "labels are not 0 to 9")])
-def test_form_is_checked_even_without_md5(tmp_path, monkeypatch, labels, images, word):
-    monkeypatch.setenv("CL_DATA_UNVERIFIED", "1")
-    spoil(tmp_path, labels or idx(SMALL.astype(np.uint8)), images or idx(np.zeros((600, 28, 28), np.uint8)))
-    sentence = error("fashion-mnist", "test", tmp_path, 28)
-    assert word in sentence and str(tmp_path) in sentence and "delete it and run again" in sentence
-
-
-def test_unverified_loads_a_smaller_set_and_says_so(tmp_path, monkeypatch, capsys):
-    pictures = RANDOM.randint(0, 256, (600, 28, 28)).astype(np.uint8)
-    spoil(tmp_path, idx(SMALL.astype(np.uint8)), idx(pictures))
-    assert "md5" in error("fashion-mnist", "test", tmp_path, 28)
-    monkeypatch.setenv("CL_DATA_UNVERIFIED", "1")
-    images, y = data.load_images("fashion-mnist", "test", tmp_path, 28)
-    assert np.array_equal(images[:, 0], pictures) and y.tolist() == SMALL.tolist()
-    assert capsys.readouterr().err.startswith("warning: CL_DATA_UNVERIFIED=1")
+@real
+def test_the_real_fashion_mnist_and_its_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "DEBIAN", REAL)
+    assert data.digest(*data.load_images("fashion-mnist", "train", "nothing", 28)) == "1e94166a1888381a"
+    images, labels = data.load_images("fashion-mnist", "test", "nothing", 28)
+    assert data.digest(images, labels) == "1aad2a454a338c92" and labels[:5].tolist() == [9, 2, 1, 1, 6]
+    trained = np.arange(500) % 3 > 0
+    for i, (image, c) in enumerate(zip(images[:500, 0].numpy(), labels.tolist())):
+        folder = tmp_path / ("train" if trained[i] else "val") / f"{c}-{data.info('fashion-mnist').classes[c]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{i}.png")
+    for side in (16, 28, 32):
+        images, labels = (array[:500] for array in load("fashion-mnist", "test", "nothing", side))
+        for split, some in ("train", trained), ("test", ~trained):
+            order = np.argsort(labels[some], kind="stable")
+            found, y = load(tmp_path, split, "", side)
+            assert np.array_equal(found, images[some][order]) and np.array_equal(y, labels[some][order])
 
 
 # ----------------------------------------------------------------------------- CIFAR
 
-def python2_pickle(x, labels, key):
-    """What Python 2 and numpy 1 wrote for {"data": x, key: labels}: protocol 2, byte strings, old numpy names."""
-    def short(text):
-        return b"U" + bytes([len(text)]) + text
-    array = (b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + short(b"b") + b"\x87R(K\x01M"
-             + struct.pack("<H", x.shape[0]) + b"M" + struct.pack("<H", x.shape[1]) + b"\x86cnumpy\ndtype\n"
-             + short(b"u1") + b"K\x00K\x01\x87R(K\x03" + short(b"|") + b"NNNJ" + b"\xff" * 4 + b"J" + b"\xff" * 4
-             + b"K\x00tb\x89T" + struct.pack("<I", x.size) + x.tobytes() + b"tb")
-    numbers = b"](" + b"".join(b"K" + bytes([c]) for c in labels) + b"e"
-    return b"\x80\x02}(" + short(b"data") + array + short(key) + numbers + b"u."
-
-
-def python3_pickle(x, labels, key):
-    return pickle.dumps({b"batch_label": b"a batch", key: labels, b"data": x, b"filenames": [b"a.png"]}, 2)
-
-
-def python3_pickle_by_columns(x, labels, key):
-    return python3_pickle(np.asfortranarray(x), labels, key)
-
-
-def make_cifar(folder, name, write=python2_pickle, per_class=4):
-    """A small CIFAR in its folder: {split: (images, labels)} as load_images must return them."""
-    d, made = data.DATASETS[name], {}
-    root = folder / d["folder"]
+def make_cifar(monkeypatch, folder, original):
+    """A small CIFAR, unpacked and packed, which from now on is the original: {split: (images, labels)}."""
+    root, made = folder / original.base_folder, {}
     root.mkdir(parents=True)
-    for split, batches in d["batches"].items():
-        parts = []
-        for batch in batches:
-            y = RANDOM.permutation(len(d["classes"]) * per_class) % len(d["classes"])
-            x = RANDOM.randint(0, 256, (len(y), 3072)).astype(np.uint8)
-            (root / batch).write_bytes(write(x, y.tolist(), d["labels"]))
-            parts.append((x, y))
-        made[split] = [np.concatenate(both) for both in zip(*parts, strict=True)]
+
+    def write(file, content):
+        (root / file).write_bytes(pickle.dumps(content, 2))
+        return [file, hashlib.md5((root / file).read_bytes()).hexdigest()]
+
+    for split in "train", "test":
+        batches = getattr(original, f"{split}_list")
+        made[split] = noise(6 * len(batches), 3, 32, 32), RANDOM.randint(0, 10, 6 * len(batches))
+        parts = [np.split(array, len(batches)) for array in made[split]]
+        key = "labels" if original is CIFAR10 else "fine_labels"
+        monkeypatch.setattr(original, f"{split}_list", [
+            write(file, {"data": x.reshape(6, -1), key: y.tolist()}) for (file, _), x, y in zip(batches, *parts)])
+    md5 = write(original.meta["filename"], {original.meta["key"]: list("0123456789")})[1]
+    monkeypatch.setattr(original, "meta", original.meta | {"md5": md5})
+    with tarfile.open(folder / original.filename, "w:gz") as tar:
+        tar.add(root, original.base_folder)
+    monkeypatch.setattr(original, "tgz_md5", hashlib.md5((folder / original.filename).read_bytes()).hexdigest())
     return made
 
 
-def pack(folder, name):
-    """Turns the folder into the archive."""
-    d = data.DATASETS[name]
-    with tarfile.open(folder / d["archive"], "w:gz") as tar:
-        tar.add(folder / d["folder"], d["folder"])
-    shutil.rmtree(folder / d["folder"])
-    return folder / d["archive"]
+@pytest.mark.parametrize("name, original", [("cifar10", CIFAR10), ("cifar100", CIFAR100)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_cifar(tmp_path, monkeypatch, capsys, name, original, packed):
+    folder = tmp_path / name if packed else tmp_path
+    made = make_cifar(monkeypatch, folder, original)
+    if packed:
+        shutil.rmtree(folder / original.base_folder)
+    check_loads(made, name, tmp_path)
+    assert capsys.readouterr().out == f"{data.info(name).title} is read from {folder}\n"
+    assert (folder / original.base_folder).exists() != packed  # nothing is written, as the share may be read-only
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-@pytest.mark.parametrize("write", [python2_pickle, python3_pickle, python3_pickle_by_columns])
-@pytest.mark.parametrize("archive", [False, True])
-def test_cifar_of_the_true_form(tmp_path, monkeypatch, name, write, archive):
-    made = make_cifar(tmp_path, name, write)
-    if archive:
-        pack(tmp_path, name)
-    monkeypatch.setenv("CL_DATA_UNVERIFIED", "1")
-    for split, (x, labels) in made.items():
-        images, y = data.load_images(name, split, tmp_path, 32)
-        assert np.array_equal(images.reshape(-1, 3072), x) and y.tolist() == labels.tolist()
-    assert images[0, 2, 0, 31] == int(x[0, 2 * 1024 + 31])  # planes of red, green, blue, each row by row
-    half, _ = data.load_images(name, "test", tmp_path, 16)
-    torch.testing.assert_close(half.float(), torch.nn.functional.avg_pool2d(images.float(), 2), atol=0.5, rtol=0)
-
-
-def test_cifar_is_refused_without_the_right_md5(tmp_path):
-    make_cifar(tmp_path, "cifar10")
-    sentence = error("cifar10", "train", tmp_path, 32)
-    assert "data_batch_1" in sentence and "md5" in sentence and "delete it and run again" in sentence
-    path = pack(tmp_path, "cifar10")
-    sentence = error("cifar10", "train", tmp_path, 32)
-    assert str(path) in sentence and "md5" in sentence
-
-
-def test_cifar_with_the_right_md5_must_have_all_its_images(tmp_path, monkeypatch):
-    make_cifar(tmp_path, "cifar100")
-    path = tmp_path / "cifar-100-python" / "test"
-    monkeypatch.setitem(data.MD5, "test", hashlib.md5(path.read_bytes()).hexdigest())
-    assert "4 to 4 images" in error("cifar100", "test", tmp_path, 32)
-    monkeypatch.setitem(data.DATASETS["cifar100"]["per_class"], "test", 4)
-    assert len(data.load_images("cifar100", "test", tmp_path, 32)[1]) == 400
-
-
-def test_incomplete_cifar_folder_is_passed_over_for_the_archive(tmp_path, monkeypatch):
-    monkeypatch.setenv("CL_DATA_UNVERIFIED", "1")
-    made = make_cifar(tmp_path, "cifar10")
-    pack(tmp_path, "cifar10")
-    (tmp_path / "cifar-10-batches-py").mkdir()
-    (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"")
-    assert np.array_equal(data.load_images("cifar10", "train", tmp_path, 32)[0].reshape(-1, 3072), made["train"][0])
-
-
-class Hostile:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-X, Y = np.zeros((10, 3072), np.uint8), list(range(10))
-GOOD = python2_pickle(X, Y, b"labels")
-
-
-@pytest.mark.parametrize("content, word", [
-    (GOOD[:-1], ""), (GOOD[:1000], ""), (b"", ""), (b"<html>busy</html>", ""), (pickle.dumps([1, 2], 2), ""),
-    (python2_pickle(X, Y, b"coarse"), "labels"),
-    (python2_pickle(X[:9], Y, b"labels"), "10 labels for images of shape (9, 3072)"),
-    (python2_pickle(X[:, :3071], Y, b"labels"), "(10, 3071)"),
-    (pickle.dumps({b"data": X.astype(np.int16), b"labels": Y}, 2), ""),
-    (pickle.dumps({b"data": X.astype(np.int8), b"labels": Y}, 2), "type i1"),
-    (pickle.dumps({b"data": X, b"labels": ["cat"] * 10}, 2), ""), (b"Fno\nnumber\n.", ""),
-    (pickle.dumps({b"data": b"x", b"labels": Y}, 2), ""),
-    (python2_pickle(X, [*Y[:9], 10], b"labels"), "labels are not 0 to 9"),
-    (python2_pickle(X, [0, *Y[:9]], b"labels"), "0 to 2 images"),
-    (b"cbuiltins\neval\n(S'1'\ntR.", "builtins.eval"), (b"cnumpy\nload\n.", "numpy.load"),
-    (b"cnumpy.core.multiarray\nfromfile\n.", "fromfile")])
-def test_bad_cifar_batch_is_refused(tmp_path, monkeypatch, content, word):
-    monkeypatch.setenv("CL_DATA_UNVERIFIED", "1")
-    (tmp_path / "cifar-10-batches-py").mkdir()
-    (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(content)
-    sentence = error("cifar10", "test", tmp_path, 32)
-    assert "cifar-10-batches-py" in sentence and word in sentence and "delete it and run again" in sentence
-
-
-@pytest.mark.parametrize("archive", [False, True])
-def test_hostile_pickle_is_refused_and_not_executed(tmp_path, monkeypatch, archive):
-    monkeypatch.setenv("CL_DATA_UNVERIFIED", "1")
-    make_cifar(tmp_path, "cifar10")
-    target = tmp_path / "executed"
-    evil = pickle.dumps({b"data": Hostile(target), b"labels": Y}, 2)
-    (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(evil)
-    if archive:
-        pack(tmp_path, "cifar10")
-    sentence = error("cifar10", "test", tmp_path, 32)
-    assert "test_batch" in sentence and "mkdir" in sentence and not target.exists()
-    pickle.loads(evil)
-    assert target.exists()  # the file is hostile indeed
-
-
-@pytest.mark.parametrize("damage", [
-    lambda blob: blob[:len(blob) // 2], lambda blob: b"", lambda blob: b"<html></html>",
-    lambda blob: blob[:len(blob) // 2] + bytes(99) + blob[len(blob) // 2 + 99:], lambda blob: empty_tar()])
-def test_bad_cifar_archive_is_refused(tmp_path, monkeypatch, damage):
-    monkeypatch.setenv("CL_DATA_UNVERIFIED", "1")
-    make_cifar(tmp_path, "cifar10")
-    path = pack(tmp_path, "cifar10")
-    path.write_bytes(damage(path.read_bytes()))
-    for split in ("train", "test"):
-        sentence = error("cifar10", split, tmp_path, 32)
-        assert str(path) in sentence and "delete it and run again" in sentence
-
-
-def empty_tar():
-    box = io.BytesIO()
-    tarfile.open(fileobj=box, mode="w:gz").close()
-    return box.getvalue()
-
-
-# ----------------------------------------------------------------------------- ImageNet-100
-
-@pytest.fixture
-def imagenet(tmp_path):
-    """100 class folders, two tiny JPEGs in each for training and one for validation."""
-    for split, count in (("train", 2), ("val", 1)):
-        for c in range(100):
-            folder = tmp_path / "imagenet100" / split / f"n{c:08d}"
-            folder.mkdir(parents=True)
-            for i in range(count):
-                Image.new("RGB", (9 + i, 12), (c, 2 * c, 90 * i)).save(folder / f"{folder.name}_{i}.JPEG")
-    return tmp_path
-
-
-def caches(folder):
-    return sorted(p.name for p in (folder / "imagenet100").iterdir() if p.is_file())
-
-
-def test_imagenet100(imagenet):
-    picture = Image.fromarray(RANDOM.randint(0, 256, (50, 91, 3)).astype(np.uint8))
-    path = imagenet / "imagenet100" / "train" / "n00000007" / "n00000007_1.JPEG"
-    picture.save(path)
-    images, y = data.load_images("imagenet100", "train", imagenet, 64)
-    assert images.shape == (200, 3, 64, 64) and y.tolist() == [i // 2 for i in range(200)]
-    with Image.open(path) as image:
-        oracle = image.resize((76, 76), Image.BILINEAR).crop((6, 6, 70, 70))
-    assert np.array_equal(images[15].permute(1, 2, 0), np.asarray(oracle))
-    grey = imagenet / "imagenet100" / "val" / "n00000003" / "n00000003_0.JPEG"
-    Image.new("L", (30, 20), 77).save(grey)
-    images, y = data.load_images("imagenet100", "test", imagenet, 32)
-    assert images.shape == (100, 3, 32, 32) and (images[3] == 77).all() and y.tolist() == list(range(100))
-
-
-def test_imagenet100_is_decoded_once_until_its_files_change(imagenet):
-    images, _ = data.load_images("imagenet100", "train", imagenet, 64)
-    data.load_images("imagenet100", "test", imagenet, 64)
-    train, val = caches(imagenet)
-    path = imagenet / "imagenet100" / "train" / "n00000000" / "n00000000_0.JPEG"
-    content = path.read_bytes()
-    path.write_bytes(bytes(len(content)))  # no picture any more; not noticed, since nothing is decoded again
-    assert torch.equal(data.load_images("imagenet100", "train", imagenet, 64)[0], images)
-    path.write_bytes(content)
-    path.rename(path.with_name("n00000000_9.JPEG"))  # now the other picture comes first
-    again, _ = data.load_images("imagenet100", "train", imagenet, 64)
-    assert torch.equal(again[:2], images[:2].flip(0)) and not torch.equal(again[0], images[0])
-    assert train not in caches(imagenet) and len(caches(imagenet)) == 2  # the old array is gone, val's stays
-    path.with_name("n00000000_9.JPEG").unlink()
-    assert len(data.load_images("imagenet100", "train", imagenet, 64)[1]) == 199
-    assert val in caches(imagenet)
-
-
-def test_imagenet100_bad_image_is_named(imagenet):
-    path = imagenet / "imagenet100" / "train" / "n00000042" / "n00000042_1.JPEG"
-    content = path.read_bytes()
-    for bad in (content[:len(content) // 2], b"", b"a renamed text file"):
-        path.write_bytes(bad)
-        sentence = error("imagenet100", "train", imagenet, 64)
-        assert str(path) in sentence and "replace or remove it" in sentence
-        assert caches(imagenet) == []  # nothing half made
-    path.write_bytes(content)
-    data.load_images("imagenet100", "train", imagenet, 64)
-
-
-def test_imagenet100_folders_must_be_right(imagenet):
-    home = imagenet / "imagenet100"
-    assert "now it has 0" in error("imagenet100", "train", imagenet / "nowhere", 64)
-    (home / "val" / "n00000099").rename(home / "val" / "n12345678")
-    assert "different class folders" in error("imagenet100", "train", imagenet, 64)
-    shutil.rmtree(home / "val")
-    assert len(data.load_images("imagenet100", "train", imagenet, 64)[1]) == 200
-    (home / "train" / "another").mkdir()
-    assert "now it has 101, 1 of them empty" in error("imagenet100", "train", imagenet, 64)
-    shutil.rmtree(home / "train" / "another")
-    cache = home / caches(imagenet)[0]
-    cache.write_bytes(cache.read_bytes()[:1000])
-    sentence = error("imagenet100", "train", imagenet, 64)
-    assert str(cache) in sentence and "delete it and run again" in sentence
-
-
-# ----------------------------------------------------------------------------- shapes
-
-def test_shapes_are_the_same_every_time_and_of_the_right_form():
-    train, y = data.load_images("shapes", "train", "", 16)
-    again, _ = data.load_images("shapes", "train", "", 16)
-    test, y_test = data.load_images("shapes", "test", "", 16)
-    assert torch.equal(train, again) and train.shape == (20000, 1, 16, 16) and test.shape == (5000, 1, 16, 16)
-    assert y.bincount().tolist() == [2000] * 10 and y_test.bincount().tolist() == [500] * 10
-    assert not torch.equal(train[:5000], test)
-    both = torch.cat([train, test]).flatten(1)
-    assert len(both.unique(dim=0)) > 0.98 * len(both)  # train and test are different; a disc may come twice
-    assert data.DATASETS["shapes"]["classes"][:6] == ["disc", "ring", "triangle", "cross", "square", "bar"]
-
-
-def test_shapes_are_grey_figures_in_the_middle_that_fill_64_to_88_percent():
-    images, _ = data.load_images("shapes", "test", "", 64)  # large, so that the smooth edge counts for little
-    images = images[:, 0]
-    assert (images[:, 0].max() == 0) and (images[:, :, -1].max() == 0)  # black around
-    level = images.flatten(1).amax(1)
-    assert level.min() >= 160 and level.max() <= 255 and level.float().std() > 20
-    inside = images > level[:, None, None] / 2
-    spans = []
-    for axis in (1, 2):
-        filled = inside.any(axis).long()
-        first, last = filled.argmax(1), 63 - filled.flip(1).argmax(1)
-        spans.append((last - first + 1) / 64)
-        assert ((first + last - 63).abs() <= 2).all()  # centred, to a pixel
-    extent = torch.maximum(*spans)
-    assert extent.min() >= 0.64 - 1.5 / 64 and extent.max() <= 0.88 + 1.5 / 64
-    assert extent.min() < 0.66 and extent.max() > 0.86
-
-
-def test_shapes_are_turned_by_at_most_11_degrees():
-    images, y = data.load_images("shapes", "test", "", 64)
-    bars = images[y == 5, 0].double()
-    v = torch.arange(64).double() - 31.5
-    xx, yy, xy = ((bars * m).sum((1, 2)) for m in (v[None] ** 2, v[:, None] ** 2, v[None] * v[:, None]))
-    degrees = torch.rad2deg(torch.atan2(2 * xy, xx - yy) / 2)  # of the long axis, from second moments
-    assert degrees.abs().max() < 11.5 and degrees.max() > 10 and degrees.min() < -10
-
-
-@pytest.mark.parametrize("side", [16, 32])
-def test_shapes_classes_are_apart(side):
-    train, y = data.load_images("shapes", "train", "", side)
-    test, y_test = data.load_images("shapes", "test", "", side)
-    means = torch.stack([train[y == c].float().mean(0).flatten() for c in range(10)])
-    nearest = torch.cdist(test.float().flatten(1), means).argmin(1)
-    assert (nearest == y_test).float().mean() > 0.95
-    for c in range(10):
-        assert (nearest[y_test == c] == c).float().mean() > 0.8
+def test_cifar_that_is_damaged_is_refused(tmp_path, monkeypatch):
+    make_cifar(monkeypatch, tmp_path, CIFAR10)
+    archive, batch = tmp_path / CIFAR10.filename, tmp_path / CIFAR10.base_folder / "data_batch_3"
+    for path in batch, archive:
+        content = path.read_bytes()
+        for bad in (content[:99] + bytes([content[99] ^ 1]) + content[100:], content[:100]):
+            path.write_bytes(bad)
+            for split in ("train", "test"):  # the archive beside a bad batch does not replace it
+                sentence = refusal(data.load_images, "cifar10", split, tmp_path, 32)
+                assert "is not CIFAR-10's or is damaged" in sentence and "--dataset FOLDER" in sentence
+                assert sentence.startswith(str(batch.parent if path == batch else archive)) and path.read_bytes() == bad
+        shutil.rmtree(batch.parent, ignore_errors=True)
 
 
 # ----------------------------------------------------------------------------- downloads
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.server.asked.append(self.path)  # before the answer, which the test may outrun
-        content, length = self.server.files.get(self.path, (None, 0))
-        self.send_response(404 if content is None else 200)
-        self.send_header("Content-Length", str(length))
-        self.end_headers()
-        self.wfile.write(content or b"")
-
-    def log_message(self, *arguments):
-        pass
-
-
 @pytest.fixture
-def server():
-    """A local web server: files maps a path to (bytes sent, length announced), asked lists what was asked for."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.files, server.asked = {}, []
-        server.base = f"http://127.0.0.1:{server.server_port}"
+def server(tmp_path):
+    """The address of a web server that offers what lies in tmp_path/server."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "server")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield server
+        yield f"http://127.0.0.1:{server.server_port}/"
         server.shutdown()
 
 
@@ -544,63 +286,339 @@ def closed():
         return f"http://127.0.0.1:{s.getsockname()[1]}/"
 
 
-def offline(monkeypatch, tmp_path, name, *sources):
-    monkeypatch.setattr(data, "DEBIAN", tmp_path / "none")
-    monkeypatch.setitem(data.DATASETS[name], "sources", list(sources))
+@pytest.mark.parametrize("name, original", [("mnist", MNIST), ("cifar10", CIFAR10), ("cifar100", CIFAR100)])
+def test_download(tmp_path, monkeypatch, capsys, server, name, original):
+    (tmp_path / "server").mkdir()
+    make = make_mnist if original is MNIST else make_cifar
+    made = make(monkeypatch, tmp_path / "server", name if original is MNIST else original)
+    files = sorted((tmp_path / "server").glob("*.gz"))
+    monkeypatch.setattr(MNIST, "resources", [(f.name, hashlib.md5(f.read_bytes()).hexdigest()) for f in files])
+    monkeypatch.setitem(data.ORIGINALS, name, (original, [closed(), server + "none/", server]))
+    content = files[0].read_bytes()
+    for bad in (content[:20], b"<html>maintenance</html>", b""):
+        files[0].write_bytes(bad)
+        sentence = refusal(data.load_images, name, "test", tmp_path / "data", 28)
+        assert files[0].name in sentence and server in sentence and f"into {tmp_path}/data/{name}," in sentence
+        assert list((tmp_path / "data").iterdir()) == []
+    assert "another --data-dir" in refusal(data.load_images, name, "test", files[0], 28)  # no folder, but a file
+    files[0].write_bytes(content)
+    (tmp_path / "data" / "MNIST" / "raw").mkdir(parents=True)  # of an attempt that failed
+    for _ in range(2):
+        check_loads(made, name, tmp_path / "data")
+        monkeypatch.setitem(data.ORIGINALS, name, (original, []))  # no address is asked again
+    place = tmp_path / "data" / ("MNIST/raw" if original is MNIST else "")
+    assert capsys.readouterr().out == f"{data.info(name).title} is read from {place}\n"
+    assert not list((tmp_path / "data").glob(".*"))
 
 
-def test_download_of_fashion_mnist(tmp_path, monkeypatch, server):
-    offline(monkeypatch, tmp_path, "fashion-mnist", f"{server.base}/first/", f"{server.base}/mirror/")
-    for file in FILES[2:]:
-        content = (DEBIAN / f"{file}.gz").read_bytes()
-        server.files[f"/mirror/{file}.gz"] = content, len(content)
-    images, y = data.load_images("fashion-mnist", "test", tmp_path / "data", 28)  # 404 at the first source
-    assert len(images) == 10000 and len(server.asked) == 4
-    assert {p.name for p in (tmp_path / "data" / "fashion-mnist").iterdir()} == {f"{file}.gz" for file in FILES[2:]}
-    data.load_images("fashion-mnist", "test", tmp_path / "data", 28)
-    assert len(server.asked) == 4  # not fetched twice
-
-
-def test_download_of_cifar(tmp_path, monkeypatch, server):
-    made = make_cifar(tmp_path, "cifar100")
-    content = pack(tmp_path, "cifar100").read_bytes()
-    server.files["/cifar-100-python.tar.gz"] = content, len(content)
-    offline(monkeypatch, tmp_path, "cifar100", closed(), server.base + "/")
-    monkeypatch.setenv("CL_DATA_UNVERIFIED", "1")
-    sentence = error("cifar100", "test", tmp_path / "data", 32)  # what is downloaded must be the original even so
-    assert "sent something else" in sentence
-    assert list((tmp_path / "data").iterdir()) == []
-    monkeypatch.setitem(data.MD5, "cifar-100-python.tar.gz", hashlib.md5(content).hexdigest())
-    images, _ = data.load_images("cifar100", "test", tmp_path / "data", 32)
-    assert np.array_equal(images.reshape(-1, 3072), made["test"][0])
-    assert [p.name for p in (tmp_path / "data").iterdir()] == ["cifar-100-python.tar.gz"]
-
-
-def test_download_that_fails_leaves_nothing(tmp_path, monkeypatch, server):
-    content = (DEBIAN / "t10k-images-idx3-ubyte.gz").read_bytes()
-    page = b"<html>maintenance</html>"
-    for sent, length in ((content[:99999], len(content)), (content[:99999], 99999), (page, len(page)), (b"", 0)):
-        server.files["/t10k-images-idx3-ubyte.gz"] = sent, length
-        offline(monkeypatch, tmp_path, "fashion-mnist", server.base + "/")
-        sentence = error("fashion-mnist", "test", tmp_path / "data", 28)
-        assert "t10k-images-idx3-ubyte.gz" in sentence and f"put it into {tmp_path}/data/fashion-mnist/" in sentence
-        assert list((tmp_path / "data" / "fashion-mnist").iterdir()) == []
-
-
-def test_no_network_is_one_sentence_soon(tmp_path, monkeypatch):
+def test_network_that_hangs(tmp_path, monkeypatch):
+    patience = socket.setdefaulttimeout
+    monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: patience(seconds and seconds / 30))
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the call and never answers
-        silence = f"http://127.0.0.1:{silent.getsockname()[1]}/"
-        sources = [closed(), silence, "http://no-such-host.invalid/", *(closed() for _ in range(5))]
-        offline(monkeypatch, tmp_path, "cifar10", *sources)
+        mirrors = [f"http://127.0.0.1:{silent.getsockname()[1]}/", "http://no-such-host.invalid/", closed()]
+        monkeypatch.setitem(data.ORIGINALS, "cifar10", (CIFAR10, mirrors))
         start = time.monotonic()
-        sentence = error("cifar10", "train", tmp_path / "data", 32)
-        assert time.monotonic() - start < 15
-    assert "cifar-10-python.tar.gz" in sentence and f"put it into {tmp_path}/data/ and run again" in sentence
-    assert "no answer" in sentence and all(base in sentence for base in sources)
-    assert list((tmp_path / "data").iterdir()) == []
+        sentence = refusal(data.load_images, "cifar10", "train", tmp_path / "data", 32)
+        assert time.monotonic() - start < 15 and socket.getdefaulttimeout() is None
+    assert "cifar-10-python.tar.gz" in sentence and all(mirror in sentence for mirror in mirrors)
 
 
-def test_data_folder_that_cannot_be_written(tmp_path, monkeypatch, server):
-    (tmp_path / "data").write_text("a file where the folder should be")
-    offline(monkeypatch, tmp_path, "cifar10", server.base + "/")
-    assert "choose another --data-dir" in error("cifar10", "train", tmp_path / "data", 32)
+# ----------------------------------------------------------------------------- pictures
+
+def picture(mode="L", width=28, height=None):
+    """A picture of noise."""
+    depth = {"L": (), "LA": (2,), "RGB": (3,), "RGBA": (4,), "CMYK": (4,)}[mode]
+    return Image.frombytes(mode, (width, height or width), noise(height or width, width, *depth).tobytes())
+
+
+def palette(*colours):
+    """A palette picture that shows all its colours."""
+    image = Image.frombytes("P", (28, 28), bytes(i % len(colours) for i in range(784)))
+    image.putpalette([level for colour in colours for level in colour])
+    return image
+
+
+def png(depth, colour, samples):
+    """A PNG of one row of four pixels as the standard has it: Pillow itself writes no 16-bit RGB."""
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 1, depth, colour, 0, 0, 0)) + chunk(
+        b"IDAT", zlib.compress(b"\0" + samples)) + chunk(b"IEND", b"")
+
+
+def saved(path, content, **more):
+    """The path of a file with these bytes, or with this picture."""
+    path.write_bytes(content) if isinstance(content, bytes) else content.save(path, **more)
+    return path
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_pictures_are_read_level_by_level(tmp_path, mode):
+    for end, image in (("png", picture(mode)), ("bmp", picture(mode)), ("tif", picture(mode)), ("ppm", picture(mode)),
+                       ("gif", palette(*[(i, i, i if mode == "L" else 255 - i) for i in range(256)]))):
+        read = data.read_picture(saved(tmp_path / f"a.{end}", image))
+        assert read.mode == mode and read.tobytes() == image.convert(mode).tobytes()
+    for end, content, levels in (("pgm", b"P2 2 1 15 0 15", [0, 255]), ("png", png(2, 0, b"\x1b"), [0, 85, 170, 255])):
+        assert list(data.read_picture(saved(tmp_path / f"b.{end}", content)).tobytes()) == levels
+
+
+def bad_pictures(folder):
+    """{words of the refusal: files} of what would lose something on the way, or cannot be read."""
+    def made(name, content, **more):
+        return saved(folder / name, content, **more)
+    deep, image = np.arange(784, dtype=np.uint16).reshape(28, 28) * 80, picture("RGB")
+    whole, jpeg = (made(f"whole.{end}", image).read_bytes() for end in ("png", "jpg"))
+    return {
+        "mode I;16": [made("16.png", Image.fromarray(deep))],
+        "8 bits": [made("rgb16.png", png(16, 2, bytes(24))), made("a.ppm", b"P6 2 1 65535 " + bytes(12)),
+                   made("b.ppm", b"P3 1 1 1023 0 512 1023"), made("16.tif", Image.fromarray(deep)),
+                   made("float.tif", Image.fromarray(deep.astype(np.float32)))],
+        "transparency": [made("a.png", picture("RGBA")), made("a.webp", picture("RGBA")), made("la.png", picture("LA")),
+                         made("key.png", image, transparency=(1, 2, 3)),
+                         made("p.gif", palette((0, 0, 0), (9, 9, 9)), transparency=0)],
+        "frames": [made(f"many.{end}", image, save_all=True, append_images=[picture("RGB")])
+                   for end in ("gif", "tif", "png", "webp", "mpo")],
+        "mode CMYK": [made("cmyk.jpg", picture("CMYK"))], "mode LAB": [made("lab.tif", Image.new("LAB", (9, 9)))],
+        "not a whole picture": [
+            made("text.png", b"a renamed text file"), made("cut.png", whole[:-40]), made("cut.jpg", jpeg[:400]),
+            made("flipped.png", whole[:200] + bytes([whole[200] ^ 1]) + whole[201:]), made("empty.png", b""),
+            made("bomb.png", Image.new("1", (20000, 10000)))]}
+
+
+def test_pictures_that_would_lose_something_are_refused_by_name(tmp_path):
+    make_folder(tmp_path / "own", a="RGB28 RGB28", b="RGB28 RGB28")
+    for words, files in bad_pictures(tmp_path).items():
+        for file in files:
+            inside = Path(shutil.copy(file, tmp_path / "own" / "b"))
+            for path, sentence in ((file, refusal(data.read_picture, file)),
+                                   (inside, refusal(data.load_images, str(tmp_path / "own"), "train", "", 28))):
+                assert sentence.startswith(str(path)) and words in sentence and "remove it" in sentence
+            inside.unlink()
+    assert data.info(str(tmp_path / "own")).like == "cifar10"
+
+
+# ----------------------------------------------------------------------------- folders of pictures
+
+def make_folder(home, **classes):
+    """name="L28 RGB32x30" makes name/0.png, grey, and name/1.png, 32 wide; __ is a slash: {name: [picture, ...]}."""
+    made = {}
+    for name, kinds in classes.items():
+        folder = home / name.replace("__", "/")
+        folder.mkdir(parents=True, exist_ok=True)
+        modes = [kind.rstrip("0123456789x") for kind in kinds.split()]
+        made[name] = [picture(mode, *map(int, kind[len(mode):].split("x"))) for mode, kind in zip(modes, kinds.split())]
+        for i, image in enumerate(made[name]):
+            image.save(folder / f"{i}.png")
+    return made
+
+
+def arrays(pictures):
+    return np.stack([np.atleast_3d(np.asarray(image)).transpose(2, 0, 1) for image in pictures])
+
+
+def test_folder_with_train_and_val(tmp_path, capsys):
+    home = tmp_path / "My pets"
+    made = make_folder(home, train__cat="L28 L28 L28", train__dog="L28", val__cat="L28", val__dog="L28 L28")
+    assert data.info(str(home)) == ("My-pets", "My pets", ["cat", "dog"], 1, 28, "fashion-mnist")
+    for split, part, labels in ("train", "train", [0, 0, 0, 1]), ("test", "val", [0, 1, 1]):
+        images = arrays(made[f"{part}__cat"] + made[f"{part}__dog"])
+        for side in (16, 28, 32):
+            found, y = load(home, split, "", side)
+            assert np.array_equal(found, data.resize(images, side)) and y.tolist() == labels
+    assert capsys.readouterr().out == f"{home}: train/ is for training, val/ for testing\n"
+    make_folder(home, test__cat="L28", test__dog="L28")
+    assert len(load(home, "test")[1]) == 2
+    assert capsys.readouterr().out == f"{home}: train/ is for training, test/ for testing\n"
+
+
+def test_folder_without_train_is_split_the_same_way_every_time(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    made = make_folder(Path("own"), a=" ".join(["RGB32"] * 13), b="RGB32 RGB32", train="RGB32 RGB32 RGB32")
+    assert data.info("own").classes == ["a", "b", "train"]  # a class may be called train
+    (train, y), (test, y_test) = load("own", "train"), load("own", "test")
+    assert np.bincount(y).tolist() == [11, 1, 2] and np.bincount(y_test).tolist() == [2, 1, 1]
+    every = {image.tobytes() for image in arrays(sum(made.values(), []))}
+    assert {image.tobytes() for image in (*train, *test)} == every and len(every) == 18
+    note = "has no train/ and test/ (or val/): 1 picture in 6 of each class is for testing"
+    assert capsys.readouterr().out == f"{tmp_path}/own {note}\n"
+    shutil.copytree("own", "copy", ignore=shutil.ignore_patterns(".decoded"))
+    assert np.array_equal(load("copy/", "test")[0], test)
+
+
+def test_natural_order_and_what_systems_hide(tmp_path):
+    names = ["1", "2", "10", "Class 3", "class 12", "n02", "n10", "été"]
+    for split in ("train", "test"):
+        make_folder(tmp_path, **{f"{split}__{name}": " ".join(["L32"] * 12) for name in names})
+    clean = load(tmp_path, "train")
+    assert np.array_equal(clean[0][10, 0], np.asarray(Image.open(tmp_path / "train" / "1" / "10.png")))
+    for part in ("train", "train/10", "test/.ipynb_checkpoints", "train/.ipynb_checkpoints", "test/__MACOSX", "."):
+        (tmp_path / part).mkdir(exist_ok=True)
+        for name in (".DS_Store", "._x.png", "Thumbs.db", "desktop.ini"):
+            (tmp_path / part / name).write_text("hidden", encoding="utf-8")
+    for beside in "README.txt", "train/labels.csv":
+        (tmp_path / beside).write_text("beside the classes", encoding="utf-8")
+    assert data.info(str(tmp_path)).classes == names
+    assert all(map(np.array_equal, load(tmp_path, "train"), clean))
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda home: (home / "train/cat/more").mkdir(), "train/cat/more is not a file"),
+    (lambda home: os.symlink("none", home / "val/dog/link.png"), "val/dog/link.png is not a file"),
+    (lambda home: (home / "train/cat/notes.txt").write_text("x"), "train/cat/notes.txt is not a whole picture"),
+    (lambda home: (home / "val/cow").mkdir(), "give 'cow' pictures"),
+    (lambda home: [(home / s / "cow").mkdir() for s in ("train", "val")], "give 'cow' pictures"),
+    (lambda home: shutil.rmtree(home / "val/dog"), "give 'dog' pictures"),
+    (lambda home: [(home / s).mkdir() for s in ("train/ze\u0300bre", "val/z\u00e8bre")],
+     r"give 'ze\u0300bre', 'z\xe8bre' pictures"),
+    (lambda home: shutil.rmtree(home / "val"), "has train/ but neither"),
+    (lambda home: [shutil.rmtree(home / s) for s in ("train", "val")], "0 class folders"),
+    (lambda home: shutil.rmtree(home), "0 class folders")])
+def test_folder_that_is_not_right(tmp_path, change, words):
+    make_folder(tmp_path / "own", train__cat="L28", train__dog="L28", val__cat="L28", val__dog="L28")
+    change(tmp_path / "own")
+    for function in (data.info, lambda home: data.load_images(home, "test", "", 28)):
+        sentence = refusal(function, str(tmp_path / "own"))
+        assert words in sentence and str(tmp_path / "own") in sentence
+
+
+def test_grey_or_colour(tmp_path):
+    make_folder(tmp_path, a="L28 L28", b="L28 L28")
+    unused = palette((7, 7, 7), (1, 2, 3))
+    unused.putdata([0] * 784)  # (1, 2, 3) is in the palette, but no pixel has it
+    for image, channels in ((picture().convert("1"), 1), (palette((5, 5, 5), (9, 9, 9)), 1), (unused, 1),
+                            (palette((5, 5, 5), (9, 9, 8)), 3), (picture("RGB"), 3)):
+        image.save(tmp_path / "b" / "2.png")
+        assert data.info(str(tmp_path)).channels == channels
+    images = np.concatenate([load(tmp_path, split, "", 28)[0] for split in ("train", "test")])
+    assert images.shape[1] == 3 and sum((image == image[:1]).all() for image in images) == 4
+
+
+def test_sizes(tmp_path):
+    made = make_folder(tmp_path, train__a="L28 L64 L100x80", train__b="L30x90", test__a="L28", test__b="L1")
+    images, _ = load(tmp_path, "train", "", 64)
+    assert np.array_equal(images, arrays([ImageOps.fit(image, (64, 64), Image.BILINEAR)
+                                          for image in made["train__a"] + made["train__b"]]))
+    assert np.array_equal(images[1, 0], np.asarray(made["train__a"][1]))
+    assert np.array_equal(load(tmp_path, "train", "", 16)[0], data.resize(images, 16))
+    assert data.info(str(tmp_path)).size == 64
+    large, _ = load(tmp_path, "train", "", 300)
+    assert np.array_equal(large[2, 0], np.asarray(ImageOps.fit(made["train__a"][2], (300, 300), Image.BILINEAR)))
+
+
+def test_folder_with_the_name_of_a_dataset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_folder(Path("Shapes"), a="L28 L28", b="L28 L28")
+    assert data.info("./Shapes")[:2] == ("Shapes-folder", "Shapes")
+    monkeypatch.chdir("Shapes")
+    assert data.info(".") == data.info("../Shapes") == data.info(str(tmp_path / "Shapes"))
+    assert len(list(Path(".decoded").iterdir())) == 1
+
+
+# ----------------------------------------------------------------------------- what is kept of them
+
+@pytest.fixture
+def decodings(monkeypatch):
+    """The names of the pictures that were decoded."""
+    read, names = data.read_picture, []
+    monkeypatch.setattr(data, "read_picture", lambda path, **more: names.append(path.name) or read(path, **more))
+    return names
+
+
+def test_pictures_are_decoded_once_until_one_changes(tmp_path, decodings):
+    make_folder(tmp_path, train__a="RGB28 RGB28", test__a="RGB28")
+    file = tmp_path / "train" / "a" / "0.png"
+
+    def paint(level):
+        Image.new("RGB", (28, 28), (level,) * 3).save(file, "BMP")
+
+    def repaint_with_the_old_time():
+        status = file.stat()
+        paint(9)
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert (file.stat().st_size, file.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+
+    changes = [(lambda: paint(255), 255), (lambda: paint(7), 7), (repaint_with_the_old_time, 9),
+               (lambda: file.rename(file.with_name("x.png")), None)]  # at last the other picture is the first
+    for i, (change, level) in enumerate(changes):
+        load(tmp_path, "test", "", 16)
+        assert data.info(str(tmp_path)).size == 28 and len(decodings) == 3 * (i + 1)  # whatever the split and the size
+        change()
+        first = load(tmp_path, "train", "", 28)[0][0]
+        assert (first == level).all() or level is None and first.std() > 0
+
+
+def test_what_is_kept_is_verified(tmp_path, decodings):
+    make_folder(tmp_path, a="L28 L28 L28", b="L28 L28")
+    images, _ = load(tmp_path, "train", "", 28)
+    file, = (tmp_path / ".decoded").iterdir()
+    content = file.read_bytes()
+    flipped = [content[:k] + bytes([content[k] ^ 1]) + content[k + 1:] for k in (0, 31, 32, 33, 34, len(content) - 1)]
+    for i, bad in enumerate((content[:-1], content[:9], b"", content + b"\0", *flipped)):
+        file.write_bytes(bad)
+        assert np.array_equal(load(tmp_path, "train", "", 28)[0], images) and len(decodings) == 5 * (i + 2)
+        assert file.read_bytes() == content
+
+
+def test_read_only_pictures(tmp_path, monkeypatch, capsys, decodings):
+    home, twin = tmp_path / "own", tmp_path / "twin"
+    make_folder(home, a="L28 L28", b="L28 L28")
+    shutil.copytree(home, twin)  # the same names, sizes and times: not the same pictures
+    monkeypatch.setattr(os, "access", lambda *arguments: False)
+    first = load(home, "train")
+    assert all(map(np.array_equal, load(home, "train"), first)) and len(decodings) == 4
+    assert sorted(path.name for path in home.iterdir()) == ["a", "b"] and not capsys.readouterr().err
+    load(twin, "train")
+    assert len(decodings) == 8
+    shutil.rmtree(tmp_path / "torch")
+    (tmp_path / "torch").write_text("no folder", encoding="utf-8")
+    for _ in range(2):
+        assert all(map(np.array_equal, load(home, "train"), first))
+    assert capsys.readouterr().err.count("warning: ") == 1 and len(decodings) == 16
+
+
+def test_several_at_once(tmp_path):
+    make_folder(tmp_path, a=" ".join(["RGB40"] * 30), b="RGB40 RGB40")
+    with ThreadPoolExecutor(6) as pool:
+        results = list(pool.map(lambda _: load(tmp_path, "train")[0], range(6)))
+    assert all(np.array_equal(result, results[0]) for result in results)
+    assert len(list((tmp_path / ".decoded").iterdir())) == 1
+
+
+def test_imagenet100(tmp_path):
+    home, names = tmp_path / "imagenet100", [f"n{c:08d}" for c in range(100)]
+    for name in names:
+        make_folder(home, **{f"train__{name}": "L9x12 L9x12", f"val__{name}": "L10x9"})
+    file = home / "train" / names[7] / "1.png"
+    for mode in "CMYK", "RGB":
+        picture(mode, 91, 50).save(file, "JPEG")
+        images, y = load("imagenet100", "train", tmp_path, 64)
+        original = Image.open(file).convert("RGB")
+        oracle = original.resize((76, 76), Image.BILINEAR).crop((6, 6, 70, 70))
+        assert np.array_equal(images[15], arrays([oracle])[0]) and y.tolist() == [i // 2 for i in range(200)]
+    own, _ = load(home, "train", "", 64)  # the same folder, but not as ImageNet-100
+    assert np.array_equal(own[15], arrays([ImageOps.fit(original, (64, 64), Image.BILINEAR)])[0])
+    images, y = load("imagenet100", "test", tmp_path, 32)
+    assert images.shape == (100, 3, 32, 32) and y.tolist() == list(range(100))  # in colour, although all are grey
+    assert data.info("imagenet100", tmp_path) == ("imagenet100", "ImageNet-100", names, 3, 64, "imagenet100")
+    for split, words in ("train", "'n00000099'"), ("val", "has 99 class folders: make 100"):
+        shutil.rmtree(home / split / names[99])
+        assert words in refusal(data.info, "imagenet100", tmp_path)
+
+
+# ----------------------------------------------------------------------------- shapes
+
+def test_shapes():
+    (train, y), (test, y_test) = (data.load_images("shapes", split, "", 16) for split in ("train", "test"))
+    assert torch.equal(test, data.load_images("shapes", "test", "", 16)[0])
+    assert y.bincount().tolist() == [2000] * 10 and y_test.bincount().tolist() == [500] * 10
+    assert len(torch.cat([train, test]).flatten(1).unique(dim=0)) > 0.97 * 25000  # a disc may come twice
+    means = torch.stack([train[y == c].float().mean(0).flatten() for c in range(10)])
+    nearest = torch.cdist(test.float().flatten(1), means).argmin(1)
+    assert all((nearest[y_test == c] == c).float().mean() > 0.9 for c in range(10))  # the classes are apart
+    images = load("shapes", "test", "", 64)[0][:, 0]  # large, so that the smooth edge counts for little
+    level = images.max((1, 2))
+    assert level.min() >= 160 and level.std() > 20
+    inside = images > level[:, None, None] / 2
+    assert not inside[:, [0, -1]].any() and not inside[:, :, [0, -1]].any()  # black around
+    widths = inside[y_test == 5].any(1).sum(1) / 64  # of the bars
+    assert 0.7 < widths.min() < 0.74 and 0.82 < widths.max() < 0.9

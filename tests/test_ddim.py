@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch.testing import assert_close
 
-from ddim import T, alpha_bar, ddpm_sample, eval_mode, q_sample, sample, seed, timesteps
+from ddim import T, alpha_bar, ddpm_sample, eval_mode, q_sample, reseed, sample, timesteps
 
 ZERO_SNR = {0: 0.99990, 9: 0.998094, 49: 0.970832, 99: 0.896378, 199: 0.657087, 299: 0.393434, 399: 0.192006,
             499: 0.0760287, 599: 0.0241821, 699: 6.02229e-3, 799: 1.08892e-3, 899: 1.06130e-4, 949: 1.65655e-5,
@@ -52,7 +52,7 @@ def test_timesteps():
 
 def test_seed_streams_differ_and_repeat():
     def draw(*key):
-        seed(*key)
+        reseed(*key)
         return torch.randn(4)
     assert_close(draw(42, "noise", 1, 0), draw(42, "noise", 1, 0), rtol=0, atol=0)
     keys = [(42, "noise", 1, 0), (42, "noise", 1, 1), (42, "noise", 2, 0), (43, "noise", 1, 0), (42, "order", 1, 0)]
@@ -60,7 +60,7 @@ def test_seed_streams_differ_and_repeat():
 
 
 def test_q_sample_moments():
-    seed("test")
+    reseed("test")
     abar, x_0 = alpha_bar(), torch.full((2, 1, 200, 200), 0.5)
     t = torch.tensor([99, 999])
     x_t = q_sample(x_0, t, torch.randn_like(x_0), abar)
@@ -79,14 +79,14 @@ def one_image(x_0, abar):
 @pytest.mark.parametrize("steps", [2, 3, 7, 10, 15, 100, 999])
 @pytest.mark.parametrize("schedule", ["zero-snr", "linear", "jdcl"])
 def test_ddim_returns_the_one_image(schedule, steps):
-    seed("test")
+    reseed("test")
     x_0, abar = torch.rand(1, 1, 4, 4) * 1.8 - 0.9, alpha_bar(schedule)
     x = sample(one_image(x_0, abar), torch.randn(3, 1, 4, 4), abar, steps)
     assert_close(x, x_0.expand(3, -1, -1, -1), rtol=0, atol=2e-4)
 
 
 def test_ddpm_returns_the_one_image():
-    seed("test")
+    reseed("test")
     x_0, abar = torch.rand(1, 1, 4, 4) * 1.8 - 0.9, alpha_bar()
     x = ddpm_sample(one_image(x_0, abar), torch.randn(3, 1, 4, 4), abar)
     assert_close(x, x_0.expand(3, -1, -1, -1), rtol=0, atol=2e-4)
@@ -113,7 +113,7 @@ def test_ddim_of_gaussian_data_is_the_product_of_its_linear_steps():
 
 @pytest.mark.parametrize("sampler", ["ddim, eta 0", "ddim, eta 1", "ddpm"])
 def test_samplers_reproduce_gaussian_data(sampler):
-    seed("test")
+    reseed("test")
     mean, var, abar = 0.3, 0.04, alpha_bar("linear")
     model, x_T = gaussian(mean, var, abar), torch.randn(20_000, 1, 1, 1)
     x = ddpm_sample(model, x_T, abar, clip=False) if sampler == "ddpm" else sample(
@@ -129,7 +129,7 @@ def smooth(x_t, t):
 
 @pytest.mark.parametrize("steps", [2, 10, 50])
 def test_ddim_equals_diffusers(steps):
-    seed("test")
+    reseed("test")
     scheduler = DDIMScheduler(beta_schedule="linear", timestep_spacing="trailing", clip_sample=True)
     scheduler.set_timesteps(steps)
     assert scheduler.timesteps.tolist() == timesteps(steps)
@@ -144,20 +144,20 @@ def test_ddpm_equals_diffusers():
     x_T = torch.randn(4, 1, 4, 4)
     scheduler = DDPMScheduler(beta_schedule="linear", clip_sample=True)
     scheduler.set_timesteps(T)
-    seed("same noise")
+    reseed("same noise")
     x = x_T
     for t in scheduler.timesteps:
         x = scheduler.step(smooth(x, t.expand(4)), t, x).prev_sample
-    seed("same noise")
+    reseed("same noise")
     assert_close(ddpm_sample(smooth, x_T, alpha_bar("linear")), x, rtol=1e-3, atol=1e-3)
 
 
 def test_eta_zero_draws_no_noise_and_one_does():
     abar, x_T = alpha_bar(), torch.randn(2, 1, 4, 4)
-    seed("test")
+    reseed("test")
     sample(smooth, x_T, abar, 10)
     after = torch.randn(3)
-    seed("test")
+    reseed("test")
     assert_close(torch.randn(3), after, rtol=0, atol=0)
     a, b = sample(smooth, x_T, abar, 10, eta=1.0), sample(smooth, x_T, abar, 10, eta=1.0)
     assert not torch.equal(a, b)

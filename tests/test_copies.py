@@ -1,0 +1,106 @@
+"""What README promises of copies: a train script and four files run anywhere, and a changed copy is a new method.
+
+Run: python -m pytest tests/test_copies.py
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from test_faults import assert_same_end
+from test_train import wait_for
+
+import data
+
+SHARED = ("unet.py", "ddim.py", "data.py", "run.py")
+TINY = ["--dataset", "shapes", "--scale", "laptop", "--batch-size", "8", "--device", "cpu"]
+JDCL = ["--class-order", "0|1", "--local-iterations", "3", "--global-iterations", "3", "--classifier-start", "1",
+        "--replay-steps", "2", "--replay-per-class", "20", "--replay-cap", "1000"]
+
+
+def copy(folder, *names):
+    for name in names:
+        shutil.copy(ROOT / name, folder)
+
+
+@pytest.mark.parametrize("name, more", [("train_gr.py", ["--iterations", "2"]), ("train_gd.py", ["--iterations", "2"]),
+                                        ("train_jdcl.py", JDCL)])
+def test_a_train_script_needs_four_files_beside_it(tmp_path, name, more):
+    copy(tmp_path, name, *SHARED)
+    command = [sys.executable, name, *TINY, *more, "--sample-steps", "2", "--out", "here"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "here/task2.pt").exists()
+
+
+def apply(diff, text):
+    """The text with the hunks of a diff, which are parted by @@ and have no line numbers, each in one place."""
+    for hunk in diff.split("@@\n"):
+        lines = hunk.splitlines()
+        old, new = ("".join(line[1:] + "\n" for line in lines if line[0] in kept) for kept in (" -", " +"))
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    return text
+
+
+@pytest.fixture
+def mine(tmp_path, main, monkeypatch):
+    """`main` in a folder with README's train_mine.py and pictures of four classes."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    diff = re.search(r"cp train_gd.py train_mine.py\n```\n\n```diff\n(.*?)```", readme, re.S)[1]
+    changed = apply(diff, (ROOT / "train_gd.py").read_text(encoding="utf-8"))
+    for name in ("train_mine.py", "train_second.py"):
+        (tmp_path / name).write_text(changed, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    images, labels = data.load_images("shapes", "train", "data", 28)
+    for c, name in enumerate(["disc", "ring", "triangle", "cross"]):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for i, image in enumerate(images[labels == c][:60]):
+            Image.fromarray(image[0].numpy()).save(tmp_path / f"pictures/{name}/{i}.png")
+    return main
+
+
+def test_a_changed_copy_is_a_method_of_its_own(mine, tmp_path):
+    """Run, killed inside and after a task, resumed, evaluated, classified, reported: no other file changes."""
+    train = ["train_mine.py", "--dataset", "pictures", "--scale", "laptop", "--batch-size", "8", "--device", "cpu",
+             "--iterations", "30,4", "--tasks", "2", "--save-every", "2", "--anchor", "3"]
+    done = mine(*train)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs/pictures/anchored-2-anchor3.0-iterations30_4-batch_size8-tasks2-laptop/seed42"
+    assert json.loads((folder / "config.json").read_text())["title"] == "GD with anchors"
+    memories = [torch.load(folder / f"task{k}.pt", weights_only=True)["memory"]["anchors"] for k in (1, 2)]
+    assert [len(anchors) for anchors in memories] == [1, 2]
+
+    inside = subprocess.Popen([sys.executable, *train, "--out", "inside"], cwd=tmp_path, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL, env=dict(os.environ, PYTHONPATH=str(ROOT)))
+    wait_for(tmp_path / "inside", 2, 2)
+    inside.kill()
+    inside.communicate()
+    shutil.copytree(folder, tmp_path / "between", ignore=shutil.ignore_patterns("task2*", "checkpoint*"))
+    for out in ("inside", "between"):
+        again = mine(*train, "--out", out)
+        assert again.returncode == 0 and "going on from task 2" in again.stdout, again.stderr
+        assert_same_end(folder, tmp_path / out)
+
+    for command in (["eval_fid.py", folder, "--n", "20"], ["train_classifier.py", folder, "--iterations", "2"],
+                    ["report.py", "runs", "--csv", "values.csv"]):
+        done = mine(*command)
+        assert done.returncode == 0, (command, done.stderr)
+    text = (tmp_path / "runs/report.md").read_text(encoding="utf-8")
+    table = [line for line in text.splitlines() if "GD with anchors" in line]
+    assert table and all("Shortened" in text[:text.index(line)] for line in table), "it is not complete by accident"
+    rows = (tmp_path / "values.csv").read_text(encoding="utf-8")
+    assert all(f",{metric}," in rows for metric in ("frd", "kld", "acc")) and "anchored" in rows
+    assert "figure3" in text, "its samples are in a picture"
+
+    other = mine(*train, "--distill", "noise")
+    assert other.returncode == 0, other.stderr
+    again = mine("train_second.py", *train[1:], "--distill", "noise")
+    assert again.returncode == 2 and "script was train_mine.py and is train_second.py" in again.stderr
