@@ -267,9 +267,11 @@ def make_run(record, c):
     r.count, r.usual = int(steps or images or 0), steps == c.get("preset", {}).get("teacher_steps", steps)
     r.label = r.name if r.curve else r.title + (f", {steps} steps" if steps else f", {images} images" if images else "")
     r.row = (known.index(r.method) if r.method in known else len(known), r.method, r.count, r.base, len(r.departs),
-             json.dumps(r.departs), r.done, updates_done)
+             json.dumps(r.departs), r.done, updates_done, c.get("script", ""))
     r.place = r.base + "".join(f" --{key.replace('_', '-')}" + f" {value}" * (value is not True)
                                for key, value in r.departs.items() if key not in ("precision", "tasks"))
+    if c.get("script") not in (None, COMMANDS.get(r.base, "").partition(" ")[0]):
+        r.place = None  # of a copy of a script, whatever it calls its method
     r.columns = [f"{r.dataset} --tasks {r.tasks}"] + [r.dataset] * ("tasks" not in r.departs)
     return r
 
@@ -589,7 +591,8 @@ def main(argv=None):
     paths = [args.save / r.dataset_name / r.name / f"seed{r.seed}.json" for r in runs] if args.save else []
     for path in [out / "report.md", *paths] + [args.csv] * bool(args.csv):
         run.check_writable(path)
-    text = INTRODUCTION + "\n".join([*beside_the_papers(runs), *all_tables(runs)])
+    papers, ours = [*beside_the_papers(runs)], [*all_tables(runs)]
+    text = INTRODUCTION + "\n".join(papers + ours if any(r.complete for r in runs) else ours + papers)
     print(text)
     for path, r in zip(paths, runs):
         run.write_json(path, {"commit": commit()} | r.record)  # what was saved before keeps its own

@@ -120,11 +120,11 @@ def add_arguments(parser, scales):
     add("--restart", action="store_true", help="delete what the run folder holds and start over")
 
 
-def positive(kind, most=sys.float_info.max):
-    """A type for argparse: a finite number of that kind, int or float, above 0 and at most `most`."""
+def positive(kind, most=sys.float_info.max, zero=False):
+    """A type for argparse: a number of that kind, int or float, above 0 (or 0, if `zero`) and at most `most`."""
     def parse(text):
-        if not 0 < kind(text) <= most:
-            raise argparse.ArgumentTypeError(f"must be above 0 and at most {most:g}, not {text}")
+        if not (0 < kind(text) <= most or zero and kind(text) == 0):
+            raise argparse.ArgumentTypeError(f"must be {'0 or ' * zero}above 0 and at most {most:g}, not {text}")
         return kind(text)
     parse.__name__ = f"positive {kind.__name__}"  # argparse names it when the text is no number
     return parse

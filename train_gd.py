@@ -31,14 +31,14 @@ LOG = ("loss", "loss_new", "loss_replay", "gradient_norm")
 
 PAPER = dict(class_order="random", length=("epochs", [100.0]), batch_size=128, lr=2e-4, unet="fashion-mnist",
              image_size=32, schedule="zero-snr", flip=False, teacher_steps=2, draw_ahead=8, sample_steps=10)
-# DEVIATION: the paper augments nothing, its released runs mirror CIFAR's images. Appendix A.5 evaluates with 10 DDIM
-# steps, its end and Section 4.2.2 say 20 on CIFAR-10, as here.
+# DEVIATION: the paper augments nothing, its released runs mirror CIFAR's images. For evaluation on CIFAR-10, Appendix
+# A.5 of the paper first says 10 DDIM steps and then, as Section 4.2.2, 20. Here it is 20.
 CIFAR = dict(PAPER, length=("epochs", [200.0]), batch_size=64, unet="cifar10", flip=True, teacher_steps=10,
              sample_steps=20)
 SMALL = dict(PAPER, length=("iterations", [1500, 800]), batch_size=32, lr=1e-3, unet="laptop", image_size=16,
              draw_ahead=1)
 LAPTOP = dict(SMALL, length=("iterations", [600, 150]), lr=2e-3,
-              class_order="0,1|2,7|8,9")  # these classes of Fashion-MNIST look different even at 16x16
+              class_order="0,1|2,7|8,9")  # three tasks; these garments look different even at 16x16
 GREY = {"paper": PAPER, "small": SMALL, "laptop": LAPTOP}
 COLOUR = {"paper": CIFAR, "small": dict(SMALL, unet="laptop-rgb", flip=True),
           "laptop": dict(LAPTOP, unet="laptop-rgb", flip=True)}
@@ -77,18 +77,17 @@ def get_args(argv=None):
     info = data.info(first.dataset, first.data_dir)
     preset = dict(PRESETS[info.like][first.scale])
     if info.name not in data.DATASETS:
-        preset["class_order"] = "random"  # a stated order is about the classes of that dataset
+        preset["class_order"] = "random"  # images of one's own may have fewer classes than a stated order
     preset["tasks"] = data.count_tasks(first.class_order or preset["class_order"])
     preset["lam"] = {"generated": 0.75, "current": 1.25, "noise": 8.0}[first.source]
     if first.source != "generated":
         preset.update(teacher_steps=None, draw_ahead=None)
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
-    departs = run.departures(parser, args, "source", "teacher_steps")
+    departs = run.departures(parser, args, "source", "teacher_steps")  # these are in args.base
 
-    for key in ("teacher_steps", "draw_ahead") if args.source != "generated" else ():
-        if getattr(args, key):
-            parser.error(f"--{key.replace('_', '-')} does nothing with {args.source}")
+    if args.source != "generated" and (args.teacher_steps or args.draw_ahead):
+        parser.error(f"--teacher-steps and --draw-ahead do nothing with {args.source}")
     if "length" in departs and len(args.length[1]) > args.tasks:
         parser.error(f"--{args.length[0]} takes at most one value for each of the {args.tasks} tasks")
     if why := misfit(args.unet, info.channels, args.image_size):
@@ -124,7 +123,7 @@ def to_x_0(u8, flip):
 def replay(args, prev, x_r, x_0, x_t, t, abar):
     """The replayed half of a batch: noisy images x_r_t (B, C, H, W), their times t_r (B,), what to predict there."""
     if args.source == "current":
-        return x_t[:0], t[:0], prev(x_t, t)  # no second half: the model's one forward over x_t serves both losses
+        return x_t[:0], t[:0], prev(x_t, t)  # no second half: in `losses` the same outputs meet eps and this target
     if args.source == "noise":
         x_r_t, t_r = map(run.share, (torch.randn_like(x_0), torch.randint(T, (len(x_0),), device=x_0.device)))
     if args.source == "generated":
@@ -178,7 +177,7 @@ def main(argv=None):
 
     # Data: one uint8 tensor on the device; a batch is an index into it.
     images, labels = (x.to(device) for x in data.load_images(args.dataset, "train", args.data_dir, args.image_size))
-    of_task = [sum(labels == c for c in classes).nonzero().flatten() for classes in args.class_tasks]
+    of_task = [sum(labels == c for c in classes).nonzero().flatten() for classes in args.class_tasks]  # (n,) each
     sizes, shape = [len(index) for index in of_task], images.shape[1:]  # images are (N, C, H, W)
     updates = run.count_updates(args.length, args.batch_size, sizes)
 
@@ -206,7 +205,7 @@ def main(argv=None):
     for k in range(state["task"], args.tasks + 1):
         index, n, every = of_task[k - 1], updates[k - 1], max(1, min(50, updates[k - 1] // 20))
         replaying = k > 1
-        r = 1 / k if replaying else 1.0
+        part_new = 1 / k if replaying else 1.0  # of the loss
         # DEVIATION: as in the released runs, and unsaid in the paper, Adam starts afresh with every task and the norm
         # of the gradient is clipped at 1.
         optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=device.type != "mps", capturable=graphs)
@@ -223,7 +222,7 @@ def main(argv=None):
                 x_t, t, eps = diffuse(x_0, abar)
                 replayed = replay(args, prev, x_r, x_0, x_t, t, abar) if replaying else None
                 loss_new, loss_replay = losses(model, x_t, t, eps, replayed)
-            loss = r * loss_new + (1 - r) * args.lam * loss_replay
+            loss = part_new * loss_new + (1 - part_new) * args.lam * loss_replay
             optimizer.zero_grad()
             loss.backward()
             means = run.average(model, [loss, loss_new, loss_replay])
@@ -234,16 +233,17 @@ def main(argv=None):
 
         step = run.CUDAGraph(update) if graphs else update
         progress.begin(k, state["update"])
-        for u, i, *x_r in batches(args, prev, abar, autocast, index, shape, k, state["update"], n):
+        for u, *batch in batches(args, prev, abar, autocast, index, shape, k, state["update"], n):
             reseed(args.seed, "noise", k, u)
-            with run.eager(args.compile and len(i) < args.batch_size):  # the last batch of an epoch is not compiled
-                log[u] = step(i, *x_r)
-            progress.step(len(i))
+            with run.eager(args.compile and len(batch[0]) < args.batch_size):  # an epoch's last batch is not compiled
+                log[u] = step(*batch)
+            progress.step(len(batch[0]))
 
-            # Once in a while a record or a checkpoint: only here does the script wait for the device.
+            # Once in a while a record or a checkpoint: only here does the script wait for the device. After the last
+            # update task<k>.pt follows at once, so a checkpoint is only for a stop.
             done = u + 1
             recording = done % every == 0 or done == n
-            saving = run.save_due(args.save_every, done) and (done < n or run.signals)  # else the task's file follows
+            saving = run.save_due(args.save_every, done) and (done < n or run.signals)
             if recording or saving:
                 run.check_finite(log[:done], LOG, model, k)
             if recording:

@@ -31,14 +31,14 @@ LOG = ("loss", "loss_new", "loss_replay", "gradient_norm")
 
 PAPER = dict(class_order="random", length=("epochs", [100.0]), batch_size=128, lr=2e-4, unet="fashion-mnist",
              image_size=32, schedule="zero-snr", flip=False, teacher_steps=2, draw_ahead=8, sample_steps=10)
-# DEVIATION: the paper augments nothing, its released runs mirror CIFAR's images. Appendix A.5 evaluates with 10 DDIM
-# steps, its end and Section 4.2.2 say 20 on CIFAR-10, as here.
+# DEVIATION: the paper augments nothing, its released runs mirror CIFAR's images. For evaluation on CIFAR-10, Appendix
+# A.5 of the paper first says 10 DDIM steps and then, as Section 4.2.2, 20. Here it is 20.
 CIFAR = dict(PAPER, length=("epochs", [200.0]), batch_size=64, unet="cifar10", flip=True, teacher_steps=10,
              sample_steps=20)
 SMALL = dict(PAPER, length=("iterations", [1500, 800]), batch_size=32, lr=1e-3, unet="laptop", image_size=16,
              draw_ahead=1)
 LAPTOP = dict(SMALL, length=("iterations", [600, 150]), lr=2e-3,
-              class_order="0,1|2,7|8,9")  # these classes of Fashion-MNIST look different even at 16x16
+              class_order="0,1|2,7|8,9")  # three tasks; these garments look different even at 16x16
 GREY = {"paper": PAPER, "small": SMALL, "laptop": LAPTOP}
 COLOUR = {"paper": CIFAR, "small": dict(SMALL, unet="laptop-rgb", flip=True),
           "laptop": dict(LAPTOP, unet="laptop-rgb", flip=True)}
@@ -77,17 +77,16 @@ def get_args(argv=None):
     info = data.info(first.dataset, first.data_dir)
     preset = dict(PRESETS[info.like][first.scale])
     if info.name not in data.DATASETS:
-        preset["class_order"] = "random"  # a stated order is about the classes of that dataset
+        preset["class_order"] = "random"  # images of one's own may have fewer classes than a stated order
     preset["tasks"] = data.count_tasks(first.class_order or preset["class_order"])
     if first.source != "generated":
         preset.update(teacher_steps=None, draw_ahead=None)
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
-    departs = run.departures(parser, args, "source", "teacher_steps", "buffer_size")
+    departs = run.departures(parser, args, "source", "teacher_steps", "buffer_size")  # these are in args.base
 
-    for key in ("teacher_steps", "draw_ahead") if args.source != "generated" else ():
-        if getattr(args, key):
-            parser.error(f"--{key.replace('_', '-')} does nothing with {args.source}")
+    if args.source != "generated" and (args.teacher_steps or args.draw_ahead):
+        parser.error(f"--teacher-steps and --draw-ahead do nothing with {args.source}")
     if args.buffer_size and args.source != "buffer":
         parser.error("--buffer-size is for --replay buffer")
     if args.source == "buffer" and (args.buffer_size or 0) < max(1, args.tasks - 1):
@@ -179,7 +178,7 @@ def main(argv=None):
 
     # Data: one uint8 tensor on the device; a batch is an index into it.
     images, labels = (x.to(device) for x in data.load_images(args.dataset, "train", args.data_dir, args.image_size))
-    of_task = [sum(labels == c for c in classes).nonzero().flatten() for classes in args.class_tasks]
+    of_task = [sum(labels == c for c in classes).nonzero().flatten() for classes in args.class_tasks]  # (n,) each
     if args.source == "all":
         of_task = [torch.cat(of_task[:k]) for k in range(1, args.tasks + 1)]
     sizes, shape = [len(index) for index in of_task], images.shape[1:]  # images are (N, C, H, W)
@@ -209,7 +208,7 @@ def main(argv=None):
     for k in range(state["task"], args.tasks + 1):
         index, n, every = of_task[k - 1], updates[k - 1], max(1, min(50, updates[k - 1] // 20))
         replaying = k > 1 and args.source in ("generated", "buffer")
-        r = 1 / k if replaying else 1.0
+        part_new = 1 / k if replaying else 1.0  # of the loss
         kept = torch.cat(memory["buffer"]).to(device) if replaying and args.source == "buffer" else None
         # DEVIATION: as in the released runs, and unsaid in the paper, Adam starts afresh with every task and the norm
         # of the gradient is clipped at 1.
@@ -227,7 +226,7 @@ def main(argv=None):
                 x_t, t, eps = diffuse(x_0, abar)
                 replayed = replay(args, x_r, x_0, kept, abar) if replaying else None
                 loss_new, loss_replay = losses(model, x_t, t, eps, replayed)
-            loss = r * loss_new + (1 - r) * loss_replay
+            loss = part_new * loss_new + (1 - part_new) * loss_replay
             optimizer.zero_grad()
             loss.backward()
             means = run.average(model, [loss, loss_new, loss_replay])
@@ -238,16 +237,17 @@ def main(argv=None):
 
         step = run.CUDAGraph(update) if graphs else update
         progress.begin(k, state["update"])
-        for u, i, *x_r in batches(args, prev, abar, autocast, index, shape, k, state["update"], n):
+        for u, *batch in batches(args, prev, abar, autocast, index, shape, k, state["update"], n):
             reseed(args.seed, "noise", k, u)
-            with run.eager(args.compile and len(i) < args.batch_size):  # the last batch of an epoch is not compiled
-                log[u] = step(i, *x_r)
-            progress.step(len(i))
+            with run.eager(args.compile and len(batch[0]) < args.batch_size):  # an epoch's last batch is not compiled
+                log[u] = step(*batch)
+            progress.step(len(batch[0]))
 
-            # Once in a while a record or a checkpoint: only here does the script wait for the device.
+            # Once in a while a record or a checkpoint: only here does the script wait for the device. After the last
+            # update task<k>.pt follows at once, so a checkpoint is only for a stop.
             done = u + 1
             recording = done % every == 0 or done == n
-            saving = run.save_due(args.save_every, done) and (done < n or run.signals)  # else the task's file follows
+            saving = run.save_due(args.save_every, done) and (done < n or run.signals)
             if recording or saving:
                 run.check_finite(log[:done], LOG, model, k)
             if recording:

@@ -258,10 +258,10 @@ class UNet(nn.Module):
 
 
 def resnet18(channels, classes, width=64, imagenet=False):
-    """torchvision's ResNet18, (B, channels, H, W) -> (B, classes), with a 3x3 stem, no max pooling, `width` channels first.
+    """torchvision's ResNet18, (B, channels, H, W) -> (B, classes): eval_fid.py's labeller, and a classifier for JDCL.
 
-    It is the labeller of eval_fid.py and the classifier of JDCL's ablation. `imagenet` is torchvision's own layout, whose
-    7x7 stem and pooling take three channels and fit ImageNet's weights.
+    It has a 3x3 stem, `width` channels at first, and no max pooling. `imagenet` is torchvision's own layout, with a 7x7
+    stem for three channels, which ImageNet's weights fit.
 
     DEVIATION: the released code starts from ImageNet weights and their stem, which leaves one pixel of 32x32. The
     default needs no download and classifies better; `eval_fid.py --labeller imagenet` is the released one.
