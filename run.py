@@ -79,7 +79,7 @@ def main(function):
             raise
         sentence = f"error: {error}; make room or mend the folder, and the same command goes on"
     except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
+        if not re.search("can't allocate memory|out of memory", str(error)):  # of the CPU, of mps
             raise
         sentence = "error: out of memory; lower --batch-size"
     except KeyboardInterrupt:
@@ -92,9 +92,9 @@ def main(function):
 
 # -------------------------------------------------------------------------------------------------- arguments
 
-def parser(doc, file=""):
+def parser(doc, file):
     """An ArgumentParser for the script of this docstring and file."""
-    return argparse.ArgumentParser(prog=Path(file).name or None, description=doc, allow_abbrev=False,
+    return argparse.ArgumentParser(prog=Path(file).name, description=doc, allow_abbrev=False,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
 
 

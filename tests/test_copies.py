@@ -104,3 +104,17 @@ def test_a_changed_copy_is_a_method_of_its_own(mine, tmp_path):
 
     again = mine("train_second.py", *train[1:])
     assert again.returncode == 2 and "script was train_mine.py and is train_second.py" in again.stderr
+
+
+def test_a_folder_whose_classes_changed_is_refused(mine, tmp_path):
+    own = ["--dataset", "pictures", "--scale", "laptop", "--device", "cpu", "--tasks", "2", "--iterations", "1"]
+    train = ["train_gr.py", *own, "--batch-size", "8", "--sample-steps", "2", "--out", "gr"]
+    for command in train, ["train_classifier.py", *own, "--replay", "all"]:
+        done = mine(*command)
+        assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "gr/config.json").read_text())["class_names"] == ["cross", "disc", "ring", "triangle"]
+    (tmp_path / "pictures/ring").rename(tmp_path / "pictures/annulus")
+    again = mine(*train)
+    assert again.returncode == 2 and "class_names was" in again.stderr and "annulus" in again.stderr
+    again = mine("eval_fid.py", "gr", "--n", "10")
+    assert again.returncode == 2 and "annulus" in again.stderr
