@@ -403,8 +403,10 @@ def hold(folder):
         try:
             lock.acquire(timeout=0)
         except Timeout as error:
-            raise InputError(f"{folder} is in use by another process: wait for it, choose another --out, or delete "
-                             f"{lock.lock_file} if no run is going on there") from error
+            # Only a soft lock outlives its process.
+            left = f", or delete {lock.lock_file} if no run is going on there" * isinstance(lock, SoftFileLock)
+            raise InputError(f"{folder} is in use by another process: wait for it or choose another --out{left}"
+                             ) from error
         except OSError:  # the disk refuses this kind of lock
             continue
         locks.append(lock)
@@ -416,7 +418,8 @@ def compare(folder, config):
     """Refuse a folder whose config.json differs from `config`; say what of the machine is another than at its start."""
     try:
         before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        before = before | {}  # of another kind than a dict it is damaged
+        if not isinstance(before, dict):
+            raise ValueError("it holds no settings")
     except (ValueError, TypeError) as error:
         raise InputError(f"{folder}/config.json is damaged; choose another --out or use --restart") from error
     way_out = "choose another --out, or --restart to delete it"
