@@ -86,7 +86,7 @@ def get_args(argv=None):
     add("--image-size", type=run.positive(int, 4096), help="of --train-resnet18 (default: 32, ImageNet-100 64)")
     add("--epochs", type=run.positive(int), help="of --train-resnet18 (default: 100, below 32x32 1)")
     add("--labeller", default="scratch", choices=["scratch", "imagenet"], help="3x3 stem, or as the released code")
-    add("--labeller-path", metavar="PATH", help="the labeller's file (default: runs/labellers/<dataset>-<data>.pt)")
+    add("--labeller-path", metavar="PATH", help="the labeller's file (default: the one in runs/labellers for these images)")
     add("--resnet18-weights", metavar="PATH", help="ImageNet weights, where they cannot be downloaded")
     add("--n", type=run.positive(int), help="images per task (paper scale: 10000, else 2000), or the first n of IMAGES")
     add("--steps", type=run.positive(int, T), help="DDIM steps (default: the run's; paper: 10, CIFAR-10 20)")
@@ -249,7 +249,7 @@ def load_data(dataset, data_dir, side, args):
     if len(u8) < 10:
         raise InputError(f"{dataset} has {len(u8)} training images: a labeller takes at least 10")
     digest = data.digest(u8, y)  # a labeller never judges images of another digest than it was trained on
-    path = Path("runs", "labellers", f"{info.name}-{side}{'-imagenet' * imagenet}-{digest[:8]}.pt")
+    path = Path("runs", "labellers", f"{side}x{side}{'-imagenet' * imagenet}-{digest[:8]}.pt")
     command = ["python", "eval_fid.py", "--train-resnet18", dataset, "--image-size", str(side)]
     command += ["--data-dir", data_dir] * (data_dir != "data") + ["--labeller", "imagenet"] * imagenet
     least = recipe["least"].get(dataset, (1 + 1 / len(info.classes)) / 2)  # half-way between chance and 1
@@ -472,16 +472,16 @@ def warn_if_few(n):
 
 def read_run(folder, args):
     """What its evaluation needs of a run's config.json and of the arguments, and the records of eval.json."""
-    path = folder / "eval.json"
+    if not (folder / "config.json").exists():
+        raise InputError(f"{folder} is no run folder: give one, or say with --reference what these images are to be "
+                         "compared with")
     keys = "dataset class_names class_tasks scale image_size unet schedule seed sample_steps data_dir".split()
+    c, path = SimpleNamespace(**{"clip": True, **run.read_config(folder, keys)}), folder / "eval.json"
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        c = SimpleNamespace(**{key: config[key] for key in keys}, clip=config.get("clip", True))
-        records = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        records = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
         [(r["task"], r["protocol"]["checkpoint"]) for r in records]  # each record has them
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder} is no whole run folder ({error}): give one, or say with --reference what these "
-                         "images are to be compared with") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}): remove it") from error
     if c.unet not in NETS:
         raise InputError(f"{folder} is of the net {c.unet}, which unet.py does not have: add it to its NETS")
     c.steps, c.seed = args.steps or c.sample_steps, c.seed if args.seed is None else args.seed
@@ -510,10 +510,7 @@ def generate(model, c, args, device, name):
         x_T[i] = torch.randn(x_T.shape[1:])
     abar = alpha_bar(c.schedule).to(device)
     batches = tqdm(x_T.split(args.batch_size), desc=name, disable=None, leave=False)
-    x_0 = torch.cat([sample(model, x.to(device), abar, c.steps, clip=c.clip).clamp(-1, 1).cpu() for x in batches])
-    if not x_0.isfinite().all():
-        raise InputError(f"an image of {name} is not finite: the run has diverged, train it again")
-    return x_0
+    return torch.cat([sample(model, x.to(device), abar, c.steps, clip=c.clip).clamp(-1, 1).cpu() for x in batches])
 
 
 def evaluate(fake, real, floor, y, old, networks, head, args):
@@ -571,11 +568,7 @@ def evaluate_run(folder, args, device):
         if any(r["task"] == k and protocol in (r["protocol"], {**r["protocol"], "fid": None}) for r in records):
             print(f"task {k}: evaluated before")
             continue
-        try:
-            state = run.load(file)["model"]
-            model.load_state_dict({name: w for name, w in state.items() if not name.startswith("head.")})
-        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise InputError(f"{file} is not of the net {c.unet} of config.json: train it again") from error
+        run.load_weights(model, file)
         fake = generate(model, c, args, device, str(file))
         record = evaluate(fake, d.u8_test[real], d.u8[pool], d.y_test[real], old, networks, head, args)
         record.update(task=k, fid_missing=missing, protocol=protocol, device=str(device), versions=VERSIONS,

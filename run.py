@@ -435,6 +435,16 @@ def compare(folder, config):
                   "unbroken run", file=sys.stderr)
 
 
+def read_config(folder, keys):
+    """The config.json of a run folder, a dict that has at least these keys."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        [config[key] for key in keys]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder} is no whole run folder ({error} in its config.json): give another") from error
+    return config
+
+
 def save(path, state):
     """torch.save that leaves either the old file or the new one, never a part: write aside, flush to disk, rename.
 
@@ -515,17 +525,21 @@ def load(path):
 
 
 def load_weights(model, path):
-    """Load a task<k>.pt, or a bare state dict such as a diffusers .bin, into the model; every name must match."""
-    weights = load(path)
+    """Load a task<k>.pt, or a bare state dict such as a diffusers .bin, into the model.
+
+    Every name must match, but the head of a classifier may go to a model without one.
+    """
+    weights, own = load(path), model.state_dict()
     try:
         weights = weights.get("model", weights)
+        weights = {name: w for name, w in weights.items() if name in own or not name.startswith("head.")}
         model.load_state_dict(weights)
     except (RuntimeError, AttributeError, TypeError) as error:
         about = " ".join(str(error).split()).partition(": ")[2] or "no dict of tensors"
-        raise InputError(f"{path} holds no weights for this network ({about:.160}); choose the matching --unet"
+        raise InputError(f"{path} holds no weights for this network ({about:.160}): it belongs to another --unet"
                          ) from error
     if not all(value.isfinite().all() for value in weights.values()):
-        raise InputError(f"{path} holds weights that are not finite: take them from another file")
+        raise InputError(f"{path} holds weights that are not finite: take another file, or train it again")
 
 
 def skip_if_broken(optimizer, norm):

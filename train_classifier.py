@@ -115,11 +115,8 @@ def target_preset(first):
 def read_run(folder):
     """What the config.json of a run says, whatever train script wrote it."""
     keys = [*WHAT, "data_dir", "class_tasks", "image_size", "flip", "unet", "schedule", "sample_steps"]
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        found = {key: config[key] for key in keys} | {"clip": config.get("clip", True)}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder} is no run folder ({error} in config.json): give another") from error
+    config = run.read_config(folder, keys)
+    found = {key: config[key] for key in keys} | {"clip": config.get("clip", True)}
     if found["unet"] not in NETS or found["scale"] not in PRESETS:
         raise InputError(f"{folder} is of the net {found['unet']} and the scale {found['scale']}: add what is new to "
                          "NETS of unet.py and PRESETS of train_classifier.py")
@@ -203,18 +200,6 @@ def load_split(args, split):
     return u8, y, of_task
 
 
-def load_generator(generator, path):
-    """Load a task<k>.pt into the U-Net, without a classifier's head, and return the file's SHA-256."""
-    if not path.exists():
-        raise InputError(f"{path.parent} is not finished, {path.name} is missing: run its train script to the end")
-    try:
-        state = run.load(path)["model"]
-        generator.load_state_dict({name: w for name, w in state.items() if not name.startswith("head.")})
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise InputError(f"{path} does not hold the network of its config.json: train the run again") from error
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def is_finished(path, protocol):
     """Whether the file at `path` holds the whole result of this protocol; refuse one of another protocol."""
     if not path.is_file():
@@ -254,8 +239,13 @@ def main(argv=None):
     if args.run:
         generator = UNet(**NETS[args.unet]).to(device).requires_grad_(False)
         abar, files = alpha_bar(args.schedule).to(device), [args.folder / f"task{k}.pt" for k in range(1, tasks + 1)]
+        for file in files:  # find out now whether one is missing or damaged
+            if not file.exists():
+                raise InputError(f"{args.folder} is not finished, {file.name} is missing: run its train script to the "
+                                 "end")
+            run.load_weights(generator, file)
         protocol.update(replay_loss=args.replay_loss, temperature=R, steps=args.steps, schedule=args.schedule,
-                        clip=args.clip, generators=[load_generator(generator, file) for file in files])
+                        clip=args.clip, generators=[hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
     path = args.folder / "classifier.json"
     if not args.restart and is_finished(path, protocol):
         return
@@ -274,7 +264,7 @@ def main(argv=None):
         optimizer = torch.optim.Adam(model.parameters(), LR, fused=device.type != "mps")  # afresh, nothing clipped
         prev = copy.deepcopy(model).eval()  # the classifier of task k-1
         if replaying:
-            load_generator(generator, files[k - 2])
+            run.load_weights(generator, files[k - 2])
 
         for u in tqdm(range(updates[k - 1]), desc=f"task {k}/{tasks}", disable=None, leave=False):
             epoch, b = divmod(u, epoch_length)
@@ -293,8 +283,7 @@ def main(argv=None):
             optimizer.step()
 
         if not loss.isfinite():  # once not finite, it stays so
-            cause = f"{files[k - 2]} draws broken images, train the run again" if replaying else "try another --seed"
-            raise InputError(f"the loss of task {k} is {loss.item()}: {cause}")
+            raise InputError(f"the loss of task {k} is {loss.item()}: try another --seed")
         correct.append([count_correct(model, tests[j.to(device)], test_labels[j.to(device)]) for j in of_test[:k]])
         last.append([loss.item(), loss_new.item(), loss_replay.item()])
         seconds.append(round(time.perf_counter() - since, 1))

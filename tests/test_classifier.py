@@ -365,11 +365,11 @@ def test_bad_runs(main, tmp_path, fake):
         refused(main, "task2.pt", "run", *QUICK)
     for wrong in ({"model": {"w": torch.zeros(1)}}, [1, 2]):
         torch.save(wrong, folder / "task2.pt")
-        refused(main, "does not hold the network", "run", *QUICK)
+        refused(main, "task2.pt holds no weights for this network", "run", *QUICK)
     (folder / "task2.pt").unlink()
     refused(main, "not finished, task2.pt is missing", "run", *QUICK)
     config = json.loads((folder / "config.json").read_text())
-    for bad, sentence in (("{", "is no run folder"), ("[]", "is no run folder"), ("{}", "is no run folder"),
+    for bad, sentence in (("{", "is no whole run folder"), ("[]", "is no whole run folder"), ("{}", "is no whole run folder"),
                           (json.dumps(dict(config, unet="mine")), "add what is new to NETS"),
                           (json.dumps(dict(config, scale="mine")), "PRESETS of train_classifier.py")):
         (folder / "config.json").write_text(bad)
@@ -381,10 +381,9 @@ def test_bad_runs(main, tmp_path, fake):
     (fake("blocked") / "classifier.json").mkdir()
     refused(main, "classifier.json", "blocked", *QUICK)
     fake("nan", broken=1)
-    refused(main, "task1.pt draws broken images", "nan", *QUICK)
-    assert len(result_of(tmp_path / "nan")["accuracy"]) == 1, "what was measured before stays, and nothing is added"
-    (tmp_path / "nan/classifier.json").write_text("{")
-    refused(main, "is damaged", "nan", *QUICK)
+    refused(main, "task1.pt holds weights that are not finite", "nan", *QUICK)
+    (fake("damaged") / "classifier.json").write_text("{")
+    refused(main, "is damaged", "damaged", *QUICK)
 
 
 @pytest.mark.parametrize("name", ["eval_fid.py", "train_classifier.py"])

@@ -111,8 +111,8 @@ def test_names_and_digests(tmp_path, monkeypatch, capsys):
         with pytest.raises(argparse.ArgumentTypeError, match="neither a folder nor one of fashion-mnist, mnist, "):
             data.dataset(wrong)
     u8, y = torch.arange(24, dtype=torch.uint8).view(2, 1, 3, 4), torch.tensor([0, 1])
-    others = [(u8 + 1, y), (u8, y + 1), (u8.view(2, 1, 4, 3), y), (u8.flip(0), y.flip(0))]
-    assert len({data.digest(*pair) for pair in [(u8, y), (u8.clone(), y.clone()), *others]}) == 5
+    others = [(u8 + 1, y), (u8, y + 1), (u8.view(2, 1, 4, 3), y), (u8, y.flip(0)), (u8[:1], y[:1])]
+    assert len({data.digest(*pair) for pair in [(u8, y), (u8.flip(0), y.flip(0)), *others]}) == 6  # in any order
 
 
 def test_resize():
@@ -199,9 +199,9 @@ def test_files_that_are_damaged_or_of_another_set_are_refused(tmp_path, monkeypa
 @real
 def test_the_real_fashion_mnist_and_its_pictures(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "DEBIAN", REAL)
-    assert data.digest(*data.load_images("fashion-mnist", "train", "nothing", 28)) == "1e94166a1888381a"
+    assert data.digest(*data.load_images("fashion-mnist", "train", "nothing", 28)) == "bc4b94269a5978f6"
     images, labels = data.load_images("fashion-mnist", "test", "nothing", 28)
-    assert data.digest(images, labels) == "1aad2a454a338c92" and labels[:5].tolist() == [9, 2, 1, 1, 6]
+    assert data.digest(images, labels) == "f9d0e534d5dfa42b" and labels[:5].tolist() == [9, 2, 1, 1, 6]
     trained = np.arange(500) % 3 > 0
     for i, (image, c) in enumerate(zip(images[:500, 0].numpy(), labels.tolist())):
         folder = tmp_path / ("train" if trained[i] else "val") / f"{c}-{data.info('fashion-mnist').classes[c]}"
