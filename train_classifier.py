@@ -103,6 +103,8 @@ def target_preset(first):
     """What a target does unless it is told otherwise, the same as in the train scripts."""
     dataset, scale, data_dir = first.dataset or "fashion-mnist", first.scale or "paper", first.data_dir or "data"
     preset, (base, title) = dict(PRESETS[scale]), TARGETS[first.replay]
+    if scale == "small" and first.replay == "all":  # in the paper its updates grow with the tasks
+        preset["length"] = ("iterations", [900])
     if dataset not in data.DATASETS:
         preset["class_order"] = "random"  # a stated order is about the classes of a dataset
     if dataset == "imagenet100" and scale == "paper":

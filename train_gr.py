@@ -35,7 +35,7 @@ PAPER = dict(class_order="random", length=("epochs", [100.0]), batch_size=128, l
 # A.5 of the paper first says 10 DDIM steps and then, as Section 4.2.2, 20. Here it is 20.
 CIFAR = dict(PAPER, length=("epochs", [200.0]), batch_size=64, unet="cifar10", flip=True, teacher_steps=10,
              sample_steps=20)
-SMALL = dict(PAPER, length=("iterations", [1500, 800]), batch_size=32, lr=1e-3, unet="laptop", image_size=16,
+SMALL = dict(PAPER, length=("iterations", [1500, 800]), batch_size=32, lr=5e-4, unet="laptop", image_size=16,
              draw_ahead=1)
 LAPTOP = dict(SMALL, length=("iterations", [600, 150]), lr=2e-3,
               class_order="0,1|2,7|8,9")  # three tasks; these garments look different even at 16x16
