@@ -44,11 +44,11 @@ BATCH, LR, R = 128, 1e-3, 2.0  # images of the current task, learning rate of Ad
 # DEVIATION: batches of 128 and 20 epochs, 1,880 updates of a task on Fashion-MNIST and 1,580 on CIFAR-10, as in the
 # released runs; the paper says 1,800 for both, and batches of 64 for CIFAR-10.
 # DEVIATION: the paper augments nothing; its released runs mirror CIFAR's images, here too.
-PAPER = dict(length=("epochs", [20.0]), image_size=32, class_order="random")
-# On one core the replayed images of an update take a 16x16 model about a second, so these runs have few updates.
-SMALL = dict(length=("iterations", [900, 250]), image_size=16, class_order="random")
-LAPTOP = dict(SMALL, length=("iterations", [150, 60]), class_order="0,1|2,7|8,9")
-PRESETS = {"paper": PAPER, "small": SMALL, "laptop": LAPTOP}  # of a target; a run takes the length alone
+PAPER = dict(length=("epochs", [20.0]), pool=None, image_size=32, class_order="random")
+# On one core the replayed images of an update take a 16x16 model about a second. So these runs draw fewer.
+SMALL = dict(length=("iterations", [900]), pool=6400, image_size=16, class_order="random")
+LAPTOP = dict(SMALL, length=("iterations", [150, 60]), pool=None, class_order="0,1|2,7|8,9")
+PRESETS = {"paper": PAPER, "small": SMALL, "laptop": LAPTOP}  # of a target; a run takes the length and the pool
 TARGETS = {"none": ("classifier-finetune", "Finetune (classifier)"), "all": ("classifier-joint", "Joint (classifier)")}
 WHAT = "name title base method departs dataset scale seed class_names".split()  # copied into classifier.json
 
@@ -64,12 +64,14 @@ def get_args(argv=None):
     add("--tasks", type=run.positive(int), help="of a target (paper: 5)")
     add("--class-order", help="of a target: random (by the seed, as the paper), natural, or '0,1|2,7' states the tasks")
     add("--steps", type=run.positive(int, T), help="of a run: DDIM steps of its models (paper: 10, CIFAR-10 20)")
+    add("--pool", type=run.positive(int), metavar="N", help="of a run: draw N images in each task and replay these again "
+        "and again (small: 6400), in place of new ones in every update (paper)")
     add("--replay-loss", choices=["paper", "reversed"], help="of a run: Equation 12 (default), or as the released code")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=run.per_task(float, "epochs"), dest="length", metavar="E",
                         help="passes over a task: E, or E1,E2,... (paper: 20)")
     length.add_argument("--iterations", type=run.per_task(int, "iterations"), dest="length", metavar="N",
-                        help="updates of a task, in place of epochs: N, or N1,N2,... (small: 900,250; laptop: 150,60)")
+                        help="updates of a task, in place of epochs: N, or N1,N2,... (small: 900; laptop: 150,60)")
     add("--data-dir", help="where the dataset lies or is downloaded to (default: the run's, else data)")
     add("--device", default="auto", help="auto (CUDA, else mps, else cpu), cpu, mps, cuda or cuda:<i>")
     add("--restart", action="store_true", help="start over, whatever classifier.json holds")
@@ -78,7 +80,7 @@ def get_args(argv=None):
     first, _ = parser.parse_known_args(argv)
     if bool(first.run) == bool(first.replay):
         parser.error("give a finished run folder, or --replay none or all for a target")
-    for key in ("dataset", "scale", "seed", "tasks", "class_order") if first.run else ("steps", "replay_loss"):
+    for key in ("dataset", "scale", "seed", "tasks", "class_order") if first.run else ("steps", "pool", "replay_loss"):
         if getattr(first, key) is not None:
             parser.error(f"--{key.replace('_', '-')} does nothing for a {'run' if first.run else 'target'}")
     preset = read_run(Path(first.run)) if first.run else target_preset(first)
@@ -102,9 +104,7 @@ def get_args(argv=None):
 def target_preset(first):
     """What a target does unless it is told otherwise, the same as in the train scripts."""
     dataset, scale, data_dir = first.dataset or "fashion-mnist", first.scale or "paper", first.data_dir or "data"
-    preset, (base, title) = dict(PRESETS[scale]), TARGETS[first.replay]
-    if scale == "small" and first.replay == "all":  # in the paper its updates grow with the tasks
-        preset["length"] = ("iterations", [900])
+    preset, (base, title) = dict(PRESETS[scale], pool=None), TARGETS[first.replay]
     if dataset not in data.DATASETS:
         preset["class_order"] = "random"  # a stated order is about the classes of a dataset
     if dataset == "imagenet100" and scale == "paper":
@@ -123,7 +123,7 @@ def read_run(folder):
         raise InputError(f"{folder} is of the net {found['unet']} and the scale {found['scale']}: add what is new to "
                          "NETS of unet.py and PRESETS of train_classifier.py")
     return dict(found, folder=folder, replay="generated", replay_loss="paper", steps=found["sample_steps"],
-                length=PRESETS[found["scale"]]["length"])
+                length=PRESETS[found["scale"]]["length"], pool=PRESETS[found["scale"]]["pool"])
 
 
 # ---------------------------------------------------------------------------------------- network and losses
@@ -247,7 +247,8 @@ def main(argv=None):
                                  "end")
             run.load_weights(generator, file)
         protocol.update(replay_loss=args.replay_loss, temperature=R, steps=args.steps, schedule=args.schedule,
-                        clip=args.clip, generators=[hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
+                        clip=args.clip, pool=args.pool,
+                        generators=[hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
     path = args.folder / "classifier.json"
     if not args.restart and is_finished(path, protocol):
         return
@@ -255,6 +256,11 @@ def main(argv=None):
     images, labels, tests, test_labels = (x.to(device) for x in (images, labels, tests, test_labels))
     reseed(args.seed, "classifier", "weights")
     model = classifier(images.shape[1], len(args.class_names)).to(device)
+
+    def draw(n):
+        """n images x_r (n, C, H, W) of the generator."""
+        return sample(generator, torch.randn(n, *images.shape[1:], device=device), abar, args.steps, clip=args.clip)
+
     correct, last, seconds = [], [], []  # by task; last: the losses of its last update, all, new and replayed
     print(f"{args.name} on {device}: classes {args.class_tasks}, {updates} updates, into {path}")
 
@@ -267,6 +273,9 @@ def main(argv=None):
         prev = copy.deepcopy(model).eval()  # the classifier of task k-1
         if replaying:
             run.load_weights(generator, files[k - 2])
+        if replaying and args.pool:
+            reseed(args.seed, "classifier", "pool", k)
+            pool = torch.cat([draw(BATCH) for _ in range(math.ceil(args.pool / BATCH))])
 
         for u in tqdm(range(updates[k - 1]), desc=f"task {k}/{tasks}", disable=None, leave=False):
             epoch, b = divmod(u, epoch_length)
@@ -276,8 +285,9 @@ def main(argv=None):
             reseed(args.seed, "classifier", k, u)
             i = order[b * BATCH:(b + 1) * BATCH]
             x_0, y = to_x_0(images[i], args.flip), labels[i]
-            x_r = sample(generator, torch.randn_like(x_0), abar, args.steps, clip=args.clip) if replaying else None
-
+            x_r = None
+            if replaying:
+                x_r = pool[torch.randint(len(pool), (len(i),), device=device)] if args.pool else draw(len(i))
             loss_new, loss_replay = losses(model, prev, x_0, y, x_r, args.replay_loss)
             loss = r * loss_new + (1 - r) * loss_replay
             optimizer.zero_grad()

@@ -68,7 +68,8 @@ def test_a_run_brings_everything_but_the_recipe(fake):
     assert (args.replay, args.replay_loss, args.length) == ("generated", "paper", ("iterations", [150, 60]))
     args = get_args([str(fake("other", scale="paper", flip=True)), "--steps", "20", "--replay-loss", "reversed"])
     assert (args.length, args.flip, args.steps, args.replay_loss) == (("epochs", [20.0]), True, 20, "reversed")
-    assert get_args([str(fake("small", scale="small"))]).length == ("iterations", [900, 250])
+    small = get_args([str(fake("small", scale="small"))])
+    assert (small.length, small.pool, args.pool) == (("iterations", [900]), 6400, None)
     assert get_args([str(fake("third")), "--epochs", "2"]).length == ("epochs", [2.0])
     assert (train_classifier.BATCH, train_classifier.LR, R) == (128, 1e-3, 2)
 
@@ -245,9 +246,11 @@ def test_a_run_by_subprocess_and_again_and_with_other_settings(script, main, fak
     assert other["correct"][0] == same["correct"][0] and other["last_losses"][1] != same["last_losses"][1]
 
 
-def test_a_run_written_out_by_hand(fake):
+@pytest.mark.parametrize("pool", [0, 200])
+def test_a_run_written_out_by_hand(fake, pool):
     """Weights 1/k and 1 - 1/k, the models of task k-1, Adam afresh, each draw from its stream, mirrored images: all of
-    a tiny run again as the paper tells it. Its last losses tell whether the updates before were the same."""
+    a tiny run again as the paper tells it, and with replay out of a pool of two batches. Its last losses tell whether
+    the updates before were the same."""
     folder, last = fake(flip=True), []
     images, labels = data.load_images("shapes", "train", "data", 16)
     tests, test_labels = data.load_images("shapes", "test", "data", 16)
@@ -260,12 +263,17 @@ def test_a_run_written_out_by_hand(fake):
         task = torch.tensor([i for i, y in enumerate(labels.tolist()) if y in classes])
         reseed(42, "classifier", "order", k, 0)
         order = task[torch.randperm(len(task))]
+        reseed(42, "classifier", "pool", k)
+        drawn = torch.cat([sample(generator, torch.randn(128, 1, 16, 16), alpha_bar(), 2) for _ in range(2)])
         for u in range({1: 12, 2: 3}[k]):
             reseed(42, "classifier", k, u)
             batch = order[u * 128:(u + 1) * 128]
             x, y = images[batch].float() / 127.5 - 1, labels[batch]
             x = torch.where(torch.rand(128, 1, 1, 1) < 0.5, x.flip(3), x)
-            x_r = sample(generator, torch.randn(128, 1, 16, 16), alpha_bar(), 2) if k == 2 else x[:0]
+            x_r = x[:0]
+            if k == 2:
+                x_r = drawn[torch.randint(256, (128,))] if pool else sample(
+                    generator, torch.randn(128, 1, 16, 16), alpha_bar(), 2)
             p, p_r = model(torch.cat([x, x_r])).split([128, len(x_r)])
             new = -p.log_softmax(1)[range(128), y].mean()
             replayed = torch.zeros(())
@@ -278,7 +286,7 @@ def test_a_run_written_out_by_hand(fake):
             optimizer.step()
         last.append([loss.item(), new.item(), replayed.item()])
 
-    train_classifier.main([str(folder), "--iterations", "12,3", "--device", "cpu"])
+    train_classifier.main([str(folder), "--iterations", "12,3", "--device", "cpu", *["--pool", "200"] * (pool > 0)])
     result = result_of(folder)
     assert_close(result["last_losses"], last, rtol=1e-4, atol=0)
     with eval_mode(model), torch.no_grad():
