@@ -329,12 +329,13 @@ def train_labeller(d, args, seed, device):
 
 def load_labeller(d, args, device):
     """Two functions, images (B, C, H, W), uint8 or floats in [-1, 1], -> features (B, D) and features -> logits, and
-    what they are. A narrow labeller is trained now if there is none.
+    what they are. The labeller is trained now if there is none.
     """
     if not d.path.exists():
-        if d.network["width"] != NARROW["width"] or args.labeller_path:
+        if args.labeller_path:
             raise InputError(f"there is no labeller {d.path}: train it with {d.command}")
-        print(f"{d.path} is not there yet: training this labeller, about a minute", flush=True)
+        long = "about a minute" if d.recipe["width"] == NARROW["width"] else "minutes on a GPU, days on a CPU"
+        print(f"{d.path} is not there yet: training this labeller, {long}", flush=True)
         train_labeller(d, args, 42, device)
     state = run.load(d.path)
     try:

@@ -1,4 +1,4 @@
-"""Tables and figures of runs, beside the papers' own numbers.
+"""Tables and figures of runs, beside the papers' own numbers; and the commands of what is still to be run.
 
     mean ± standard error = s / sqrt(n),  s^2 = sum_i (v_i - mean)^2 / (n - 1),  over n seeds
 
@@ -9,20 +9,20 @@ arXiv 2411.08224: its tables at second hand, Figures 4 and 5.
     python report.py runs/                       tables to stdout and runs/report.md, figures to runs/*.png
     python report.py runs/ --save results/       besides, a small JSON file of each run, to be committed
     python report.py results/                    the same tables from those files alone
+    python report.py --rows "Table 1" | sh       train and evaluate what runs/ and results/ lack of Table 1
 
 All that is asked of a run stands in its folder, so a new method needs no line here. Complete runs alone stand beside
-the paper's values: at the paper's scale, after all tasks, with at least the preset's updates. Values are averaged over
-seeds; other settings and other protocols have lines of their own.
+the paper's values: at the paper's scale, after all tasks, with at least the preset's updates.
 """
 
 import argparse
-import collections
-import csv
-import io
+import contextlib
+import importlib
 import itertools
 import json
 import platform
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -37,16 +37,15 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torchvision.utils import make_grid
 
+import data
 import run
-from data import DATASETS, quantize
-from ddim import alpha_bar, ddpm_sample, reseed, sample
+from ddim import T, alpha_bar, ddpm_sample, reseed, sample
 from run import InputError
 from unet import NETS, UNet
 
 # The values as the papers print them, mean ± standard error (ms: standard deviation), – where there is none; of two
 # tables the one with more digits. A row begins with the base of its runs and their flags, a column's head has dataset,
-# flags and metric. The paper's main tables have gr-2 and gd-2 of Fashion-MNIST, gr-10 and gd-10 of CIFAR-10. JDCL's
-# values are from a third party's notes of arXiv 2411.08224.
+# flags and metric. JDCL's values are from a third party's notes of arXiv 2411.08224.
 PAPER = """
 Tables 1, 2 and B.2 to B.5 | Strategy | fashion-mnist fid | fashion-mnist kld | fashion-mnist acc | \
 cifar10 fid | cifar10 kld | cifar10 acc
@@ -73,8 +72,8 @@ gr-10 | GR, 10 steps | – | – | 1881.8 ± 42.9 | 71,492,614
 gd-2 | GD, 2 steps | 747.9 ± 3.6 | 85,711,746 | – | –
 gd-10 | GD, 10 steps | – | – | 1992.7 ± 47.6 | 71,492,614
 
-JDCL, second-hand values | Method | cifar10 --tasks 5 average_accuracy | cifar100 --tasks 5 average_accuracy | \
-cifar100 --tasks 10 average_accuracy | imagenet100 --tasks 5 average_accuracy
+JDCL, second-hand values | Method | cifar10 average_accuracy | cifar100 average_accuracy | \
+cifar100 --tasks 10 average_accuracy | imagenet100 average_accuracy
 jdcl-joint | Continual Joint | 86.41 | 73.07 | 64.15 | 50.59
 – | GUIDE | 64.47 | 41.66 | 26.13 | 39.07
 – | DGR with diffusion | 59.00 | 28.25 | 15.90 | 23.92
@@ -88,40 +87,53 @@ jdcl --labels 0.05 | JDCL, 5 % of the labels | 79.96 | – | 26.39 | –
 – | NNCSL (buffer 5120), 0.8 % of the labels | 73.7 | – | 27.5 | –
 jdcl --labels 0.008 | JDCL, 0.8 % of the labels | 78.93 | – | 22.19 | –
 """
-COMMANDS = {  # what trains the bases in PAPER
+COMMANDS = {  # what trains the bases in PAPER and ROWS; gr and gd have the preset's teacher steps
     "joint": "train_gr.py --replay all", "finetune": "train_gr.py --replay none",
     **{f"er-{n}": f"train_gr.py --replay buffer --buffer-size {n}" for n in (10, 100, 1000)},
     **{f"gr-{n}": f"train_gr.py --teacher-steps {n}" for n in (2, 10, 100)},
     **{f"gd-{n}": f"train_gd.py --teacher-steps {n}" for n in (2, 10, 100)},
     "lwf": "train_gd.py --distill current", "noise": "train_gd.py --distill noise",
     "classifier-joint": "train_classifier.py --replay all", "classifier-finetune": "train_classifier.py --replay none",
-    "jdcl": "train_jdcl.py", "jdcl-joint": "train_jdcl.py --replay all",
-}
+    "gr": "train_gr.py", "gd": "train_gd.py", "jdcl": "train_jdcl.py", "jdcl-joint": "train_jdcl.py --replay all",
+    "jdcl-finetune": "train_jdcl.py --replay none"}
+TARGETS, STEPS = "classifier-joint, classifier-finetune", "gr-2, gd-2, gr-10, gd-10, gr-100, gd-100"
+ROWS = {  # the bases and flags of each table and figure; what is another on a dataset has a line of its own
+    "Table 1": "joint, finetune, gr, gd", "Table 2": f"{TARGETS}, gr, gd", "Table B.1": "finetune, gr, gd",
+    "Table B.2": "joint, finetune, er-10, er-100, er-1000, gd", "Table B.3": f"{TARGETS}, er-10, er-100, er-1000, gd",
+    **dict.fromkeys(["Table B.4", "Table B.5"], f"{TARGETS}, joint, finetune, noise, lwf, {STEPS}"),
+    "Figure 2": "gr", "Figure 3": "joint, gr, gd", "Figure 4": "joint, finetune, gr, gd", "Figure 5": STEPS,
+    "Figure 6": "gr, gd, lwf, noise",
+    "Figure B.1": "joint --tasks 1", "Figure B.1 on cifar10": "joint --tasks 1 --batch-size 128",
+    "Figure B.2": f"joint, finetune, {STEPS}, lwf, noise",  # in the order of Figures B.3 to B.12, B.13 to B.22
+    "lambda": ", ".join(f"{base} --lambda {lam}" for base, sweep in (
+        ("gd", "0.1 0.25 0.5 0.75 1 1.25 1.5 1.75 2 2.25 2.5 2.75 3"), ("noise", "1 4 8 12 16 20 24 28"),
+        ("lwf", "0.1 0.25 0.5 0.75 1 1.25 1.5 1.75")) for lam in sweep.split()),
+    "JDCL": "jdcl-joint, jdcl, jdcl-finetune, jdcl --no-kd, jdcl --one-stage, jdcl --separate, jdcl --labels 0.05, "
+            "jdcl --labels 0.008",
+    "JDCL on cifar100": "jdcl-joint, jdcl, jdcl-joint --tasks 10, jdcl --tasks 10, jdcl --tasks 10 --labels 0.05, "
+                        "jdcl --tasks 10 --labels 0.008",
+    "JDCL on imagenet100": "jdcl-joint, jdcl"}
+TABLES = [name for name in ROWS if " on " not in name]
+ACCURACY = "Table 2", "Table B.3", "Table B.4", "Table B.5"  # of the continual classifier
 INTRODUCTION = """# Results
 
 Ours are mean ± standard error (sample standard deviation / √n) over n seeds, and (n). A dash was not measured, or is
-not in the paper. Different protocols and labellers have lines of their own; beside the paper's values stands what is
-not as in the paper. A command trains the row's first value with seed 42; the paper's others are `--seed 69` and
-`--seed 1714`. After it come `python eval_fid.py RUN` and, for ACC, `python train_classifier.py RUN` (the paper's ACC:
-`--replay-loss reversed`).
-
-ms are means over the last 1000 updates; the paper's are ± standard deviation, of a GeForce 1080 Ti. Parameters are all
-that a method holds while it trains. frd is the Frechet distance of another network's features, and not FID. Accuracy is
-the mean over tasks. Shortened runs compare with nothing in the paper. JDCL's values are from a third party's notes and
-unverified, but for 83.69 and 64.47, which a second source has too; ? is unknown.
+not in the paper. Beside the paper's values stands what is not as in the paper; its ACC are with `--replay-loss
+reversed`. Shortened runs compare with nothing in the paper. frd is not FID: its features are another network's. ms are
+means over the last 1000 updates; the paper's are ± standard deviation, of a GeForce 1080 Ti. Parameters are all that a
+method holds while it trains. JDCL's values are from a third party's notes and unverified, but for 83.69 and 64.47,
+which a second source has too; ? is unknown.
 
 """
 METRICS = {  # header and decimals; beside the papers' values ours have as many decimals as they
     "average_accuracy": ("↑ accuracy, %", 2), "average_forgetting": ("↓ forgetting, %", 2),
     "fid": ("↓ FID", 1), "frd": ("↓ frd", 1), "kld": ("↓ KLD", 2), "share_old": ("↑ old classes, %", 1),
     "acc": ("↑ ACC", 2), "ms": ("↓ ms per update", 1), "parameters": ("parameters", 0), "seconds": ("seconds", 0),
-    "peak_memory_mb": ("peak memory, MB", 0),
-}
+    "peak_memory_mb": ("peak memory, MB", 0)}
 # The methods in the order of tables and figures, with their colours. Any other comes after them, in a spare colour.
 COLOURS = {"joint": "black", "finetune": "0.6", "er": "tab:olive", "gr": "tab:red", "gd": "tab:blue",
            "lwf": "tab:green", "noise": "tab:purple"}
 SPARE = "tab:orange tab:brown tab:pink tab:cyan gold navy lime teal salmon orchid".split()
-STRIPS = "joint finetune gr-2 gd-2 gr-10 gd-10 gr-100 gd-100 lwf noise"  # Figures B.3 to B.12; CIFAR-10 B.13 to B.22
 
 
 # ------------------------------ arguments
@@ -129,13 +141,24 @@ STRIPS = "joint finetune gr-2 gd-2 gr-10 gd-10 gr-100 gd-100 lwf noise"  # Figur
 def get_args(argv=None):
     parser = run.parser(__doc__, __file__)
     add = parser.add_argument
-    add("folders", nargs="+", type=Path, metavar="FOLDER", help="searched for run folders and files of --save")
+    add("folders", nargs="*", type=Path, metavar="FOLDER",
+        help="searched for run folders and files of --save (default: runs and results, where they exist)")
     add("--out", type=Path, help="folder of report.md and of the figures (default: the first FOLDER)")
     add("--save", type=Path, metavar="RESULTS", help="write RESULTS/<dataset>/<name>/seed<seed>.json of every run")
-    add("--csv", type=Path, metavar="PATH", help="write a row per run, task and metric")
     add("--figures", action=argparse.BooleanOptionalAction, default=True, help="draw them (default: yes)")
-    add("--device", default="auto", help="for Figure B.1, which a model draws: auto, cpu, mps, cuda or cuda:<i>")
-    return parser.parse_args(argv)
+    add("--device", default="auto", help="for pictures that a model draws: auto, cpu, mps, cuda or cuda:<i>")
+    add("--rows", choices=[*TABLES, "all"], metavar="TABLE",
+        help="print the commands of what a table or figure lacks: 'Table B.2', 'Figure 4', lambda, JDCL, all, ...")
+    add("--scale", default="paper", choices=["paper", "small", "laptop"], help="of --rows")
+    add("--dataset", default="fashion-mnist", type=data.dataset, metavar="NAME|FOLDER",
+        help="of --rows (default: fashion-mnist; Table B.5 is cifar10's)")
+    add("--seeds", default=[42, 69, 1714], type=run.per_task(int), help="of --rows (default: the paper's, 42,69,1714)")
+    args = parser.parse_args(argv)
+    for key in ("out", "save", "figures", "device") if args.rows else ("scale", "dataset", "seeds"):
+        if getattr(args, key) != parser.get_default(key):
+            parser.error(f"--{key} does nothing {'with' if args.rows else 'without'} --rows")
+    args.folders = args.folders or [folder for folder in (Path("runs"), Path("results")) if folder.is_dir()]
+    return args
 
 
 # ------------------------------ reading
@@ -145,19 +168,18 @@ def complain(where, what):
 
 
 def parse_metrics(text):
-    """Of metrics.jsonl seconds, peak memory, ms of each task (mean over its last 1000 updates), and a curve where the
-    model classifies: [[task, update, accuracy of task 1's images], ...].
+    """Of metrics.jsonl seconds, peak memory, ms of each task (mean over its last 1000 updates), and where the model
+    classifies `curve`, [[task, update, accuracy of task 1's images], ...].
     """
-    whole, speed, curve = text.rpartition("\n")[0], [], []  # a kill may cut the last line short
+    whole, speed = text.rpartition("\n")[0], []  # a kill may cut the last line short
     records = [json.loads(line) for line in whole.splitlines()]
     for task, some in itertools.groupby(records, key=lambda r: r["task"]):
         update, ms = np.array([(r["update"], r["ms_per_update"]) for r in some]).T
         weights = np.diff(update, prepend=0) * (update > update[-1] - 1000)  # a record is of all updates since the last
-        speed.append(dict(task=task, updates=int(update[-1]), mean=round(np.average(ms, weights=weights), 3)))
-    for r in records:
-        accuracy = r.get("accuracy" if r["task"] == 1 else "accuracy_task1")
-        curve += [[r["task"], r["update"], accuracy]] if accuracy is not None else []
-    return dict(seconds=records[-1]["seconds"] if records else None, ms_per_update=speed, curve=curve,
+        speed.append(dict(task=task, mean=round(np.average(ms, weights=weights), 3)))
+    curve = [[r["task"], r["update"], r.get("accuracy" if r["task"] == 1 else "accuracy_task1")] for r in records]
+    return dict(seconds=records[-1]["seconds"] if records else None, ms_per_update=speed,
+                curve=[point for point in curve if point[2] is not None],
                 peak_memory_mb=max((r["peak_memory_mb"] or 0 for r in records), default=0) or None)
 
 
@@ -201,8 +223,8 @@ def read_folder(folder):
 def list_values(record, c):
     """Yield all that was measured of a run with config `c`, one by one: metric, task, value, conditions.
 
-    The conditions are texts such as "n 2000" or "bf16": how the value was measured, where that is not as in the paper.
-    Only values with the same conditions may be averaged. An empty text says nothing.
+    The conditions are texts that say what is not as in the paper, such as "n 2000" or "bf16", or nothing. Only values
+    with the same conditions may be averaged.
     """
     done, metrics, classifier = record["tasks_done"], record["metrics"], record["classifier"]
     precision = c["precision"] if c.get("precision", "fp32") != "fp32" else ""
@@ -217,7 +239,8 @@ def list_values(record, c):
         p = classifier["protocol"]
         unlike = [precision, f"updates {p['updates']}" * (p["updates"] != classifier["preset_updates"]),
                   f"{p.get('steps')} steps" * (p.get("steps") != c.get("sample_steps")),
-                  "reversed loss" * (p.get("replay_loss") == "reversed")]
+                  "reversed loss" * (p.get("replay_loss") == "reversed"),
+                  f"pool of {p.get('pool')}" * bool(p.get("pool"))]
         for task, value in enumerate(classifier["accuracy"], 1):
             yield "acc", task, value, unlike
     for s in metrics.get("ms_per_update", []):
@@ -232,47 +255,40 @@ def list_values(record, c):
 def make_run(record, c):
     """A run as an object: its config `c` as attributes, and besides
 
-    values      all that was measured, {(metric, task, conditions): value}, see list_values
-    done        its tasks; progress: its updates, as a text; complete: whether it may stand beside the paper's values
-    place       its row of PAPER; columns: how the heads of its columns of PAPER begin
-    row         sorts the tables; runs with the same row are averaged
-    label       what figures call it; heads: what they call its tasks; usual: whether the main figures show it
-    count       its teacher steps or buffer size, else 0
-
-    Of a model that classifies (JDCL), else empty: matrix, the accuracy [after task][of task]; curve, {update: accuracy
-    of task 1's images}; logits, {"real" or "replayed": (shares, edges)}, the histogram of the largest logits.
+    values, done    {(metric, task, conditions): value} of all that was measured; how many tasks are done
+    complete        whether it may stand beside the paper's values, at `place` (row) and `column` of PAPER
+    row             sorts the tables; runs with the same row are averaged
+    label, usual    what figures call it, and whether the main ones show it; count: teacher steps or buffer size
+    curve, logits   of a model that classifies (JDCL): {update: accuracy of task 1's images}, and the histogram of the
+                    largest logits, {"real" or "replayed": (shares, edges)}
     """
-    r, accuracy, speed = SimpleNamespace(**c), record["accuracy"], record["metrics"].get("ms_per_update", [])
+    r, accuracy = SimpleNamespace(**c), record["accuracy"]
     r.record, r.seed, r.done, r.tasks = record, int(r.seed), record["tasks_done"], len(r.class_tasks)
     r.values = {(metric, int(task), tuple(filter(None, conditions))): float(value)
                 for metric, task, value, conditions in list_values(record, c) if value is not None}
-    r.dataset_title = DATASETS[r.dataset].title if r.dataset in DATASETS else r.dataset_name
-    r.command = re.sub(r"\S*/(train_\w+\.py)", r"\1", r.command)
-    preset, updates_done = c.get("preset_updates") or [], sum(s["updates"] for s in speed) or sum(r.updates[:r.done])
-    r.progress = f"{updates_done:,}" + (f" of {sum(preset):,}" if preset else "")
+    r.dataset_title = data.DATASETS[r.dataset].title if r.dataset in data.DATASETS else r.dataset_name
+    preset = c.get("preset_updates") or []
     r.complete = r.scale == "paper" and 0 < r.done == r.tasks == len(r.updates) == len(preset) and all(
         u >= p for u, p in zip(r.updates, preset))
 
-    r.matrix = [[float(v) for v in row] for row in accuracy["matrix"]] if accuracy else []
     begin = [0, *itertools.accumulate(r.updates)]
     r.curve = {begin[task - 1] + update: float(v) for task, update, v in record["metrics"].get("curve", [])}
-    r.curve |= {begin[k]: row[0] for k, row in enumerate(r.matrix, 1)}
+    r.curve |= {begin[k]: float(row[0]) for k, row in enumerate(accuracy["matrix"] if accuracy else [], 1)}
     r.logits, replay = {}, accuracy["tasks"][-1]["replay"] if accuracy else None
     for kind in ("real", "replayed") if replay else ():
         counts, edges = replay["logits"][kind]["counts"], replay["logits"]["edges"]
         r.logits[kind] = np.divide(counts, sum(counts)), np.reshape(edges, len(counts) + 1)
 
-    r.heads = [f"task {k}\n" + ", ".join(r.class_names[i] for i in ids) for k, ids in enumerate(r.class_tasks, 1)]
     steps, images, known = c.get("teacher_steps"), c.get("buffer_size"), list(COLOURS)
     r.count, r.usual = int(steps or images or 0), steps == c.get("preset", {}).get("teacher_steps", steps)
     r.label = r.name if r.curve else r.title + (f", {steps} steps" if steps else f", {images} images" if images else "")
     r.row = (known.index(r.method) if r.method in known else len(known), r.method, r.count, r.base, len(r.departs),
-             json.dumps(r.departs), r.done, updates_done, c.get("script", ""))
+             json.dumps(r.departs), r.done, sum(r.updates[:r.done]), c.get("script", ""))
     r.place = r.base + "".join(f" --{key.replace('_', '-')}" + f" {value}" * (value is not True)
                                for key, value in r.departs.items() if key not in ("precision", "tasks"))
     if c.get("script") not in (None, COMMANDS.get(r.base, "").partition(" ")[0]):
         r.place = None  # of a copy of a script, whatever it calls its method
-    r.columns = [f"{r.dataset} --tasks {r.tasks}"] + [r.dataset] * ("tasks" not in r.departs)
+    r.column = r.dataset + (f" --tasks {r.tasks}" if "tasks" in r.departs else "")
     return r
 
 
@@ -284,30 +300,68 @@ def read(path):
         if "dataset_name" not in c:
             return complain(path, f"made by an older version: run it again with {c['command']}")
         r = make_run(record, c)
-        r.folder = path if path.is_dir() else None
+        r.path, r.folder = path, None
         return r
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         return complain(path, f"damaged and left out ({type(error).__name__}: {error})")
 
 
 def find(folders):
-    """All runs in and below the folders, in the order of the tables; of two with one name and seed the first."""
-    found, spare = {}, {}
+    """All runs in and below the folders, in the order of the tables.
+
+    A run may be there as a folder, as a file of --save, and as a folder of its models alone. Most measured counts.
+    """
+    found, spare, runs = {}, {}, []
     for folder in folders:
         if not folder.is_dir():
             raise InputError(f"there is no folder {folder}: give the one with the runs, usually runs/")
-        inside = {path.parent for name in ("config.json", "classifier.json") for path in folder.rglob(name)}
-        for path in [*sorted(inside), *sorted(folder.rglob("seed*.json"))]:
-            r = read(path)
-            if r and found.setdefault((r.dataset_name, r.name, r.seed), r) is not r:
-                complain(path, f"left out, {r.name} with seed {r.seed} was read from another place")
-    if not found:
-        raise InputError(f"no run to report in {' or '.join(map(str, folders))}: train one, for example with "
-                         "python train_gd.py --scale laptop")
-    runs = sorted(found.values(), key=lambda r: (r.dataset_name, r.row, r.scale, r.seed))
+        paths = {path.parent for name in ("config.json", "classifier.json") for path in folder.rglob(name)}
+        for r in filter(None, map(read, sorted(paths.union(folder.rglob("seed*.json"))))):
+            found.setdefault((r.dataset_name, r.name, r.seed), []).append(r)
+    for same in found.values():
+        runs.append(best := max(same, key=lambda r: len(r.values)))
+        for r in same:
+            if r.record["config"] != best.record["config"]:
+                complain(r.path, f"left out, {r.name} with seed {r.seed} was read from {best.path}")
+            elif r.path.is_dir() and not best.folder:
+                best.folder = r.path  # has the models and pictures
+    runs.sort(key=lambda r: (r.dataset_name, r.row, r.scale, r.seed))
     for r in runs:
         r.colour = COLOURS.get(r.method) or spare.setdefault(r.label, SPARE[len(spare) % len(SPARE)])
     return runs
+
+
+# ------------------------------ commands
+
+def missing(rows, scale, dataset, seeds, runs):
+    """[[script, argument, ...], ...]: what trains, evaluates and classifies what `runs` lack, seed by seed.
+
+    `rows` are (row, classify): a base with flags as in ROWS, and whether a classifier learns from its runs. The scripts
+    say what their runs are called. A run whose models are not all in a folder is trained.
+    """
+    def lacks(r, metric):
+        return not r or len({task for name, task, _ in r.values if name == metric}) < r.tasks
+
+    there, wanted = {(r.dataset_name, r.name, r.seed): r for r in runs if r.place}, {}  # no copied script's
+    for seed, (row, classify) in itertools.product(seeds, rows):
+        base, _, flags = row.partition(" ")
+        script, *typed = shlex.split(f"{COMMANDS[base]} {flags}")
+        default = "cifar10" if script == "train_jdcl.py" else "fashion-mnist"
+        typed += ["--dataset", dataset] * (dataset != default) + ["--scale", scale] * (scale != "paper")
+        train = [script, *typed, "--seed", str(seed)]
+        with contextlib.redirect_stdout(sys.stderr):  # what it says of a folder of pictures is no command
+            args = importlib.import_module(script.removesuffix(".py")).get_args(train[1:])
+        run_key = args.dataset_name, args.name, seed
+        r, folder = there.get(run_key), Path("runs", args.dataset_name, args.name, f"seed{seed}")
+        if script == "train_classifier.py":
+            commands = [train] * lacks(r, "acc")
+        else:
+            after = ["eval_fid.py"] * lacks(r, "kld") + ["train_classifier.py"] * (classify and lacks(r, "acc"))
+            whole = r and r.folder and all((r.folder / f"task{k}.pt").exists() for k in range(1, r.tasks + 1))
+            commands = [train] * (bool(after) and not whole)
+            commands += [[script, (r.folder if whole else folder).as_posix()] for script in after]
+        wanted.setdefault(run_key, commands)
+    return sum(wanted.values(), [])
 
 
 # ------------------------------ tables
@@ -359,7 +413,7 @@ def beside_the_papers(runs):
             for cell, text, (column, metric) in zip(columns, printed, asked):
                 if "–" not in (place, text):
                     digits = METRICS[metric][1] if text == "?" else len(text.split()[0].partition(".")[2])
-                    some = [r for r in runs if r.complete and r.place == place and column in r.columns]
+                    some = [r for r in runs if r.complete and (r.place, r.column) == (place, column)]
                     cell += cells(some, metric, digits, in_paper=True)
                     base = place.split()[0]
                     command = command or f"`python {COMMANDS[base]}{place[len(base):]} --dataset {column}`"
@@ -375,29 +429,14 @@ def all_tables(runs):
         about = f"{r.dataset_title}, {r.scale} scale, {r.image_size}x{r.image_size}, {r.tasks} tasks"
         return ("Complete: " if r.complete else "Shortened: ") + about + ", with a classifier" * bool(r.curve)
 
-    runs = sorted(runs, key=lambda r: (section(r), r.row))
-    for title, some in itertools.groupby(runs, key=section):
+    for title, some in itertools.groupby(sorted(runs, key=lambda r: (section(r), r.row)), key=section):
         rows = [list(same) for _, same in itertools.groupby(some, key=lambda r: r.row)]
         metrics, table = [m for m in METRICS if any(values(same, m) for same in rows)], []
-        by_task = ["↑ accuracy by task, %"] * title.endswith("classifier")
-        for r, *more in rows:
-            matrices, typed = [x.matrix for x in (r, *more) if x.matrix], re.sub(r" --seed[= ]\S+", "", r.command)
-            last = " ".join(f"{100 * statistics.fmean(v):.1f}" for v in zip(*(matrix[-1] for matrix in matrices)))
-            table.append([[r.title], [f"`{r.name}`"], [f"{r.done} of {r.tasks}"], *[[last or "–"] for _ in by_task],
-                          *(cells([r, *more], m, METRICS[m][1], in_paper=False) for m in metrics),
-                          [r.progress], [f"`{typed}`"]])
-        heads = ["Strategy", "name", "tasks", *by_task, *(METRICS[m][0] for m in metrics)]
-        yield markdown(title, [*heads, "updates of the preset's", "command"], table)
-
-
-def save_csv(path, runs):
-    text = io.StringIO()
-    out = csv.writer(text)
-    out.writerow("dataset name method seed scale complete task metric value protocol command".split())
-    out.writerows([r.dataset, r.name, r.method, r.seed, r.scale, r.complete, task, metric, value,
-                   ", ".join(conditions), r.command]
-                  for r in runs for (metric, task, conditions), value in r.values.items())
-    run.replace(path, lambda file: file.write(text.getvalue().encode()))
+        for same in rows:
+            r, measured = same[0], [cells(same, m, METRICS[m][1], in_paper=False) for m in metrics]
+            typed = re.sub(r" --seed[= ]\S+", "", re.sub(r"\S*/(train_\w+\.py)", r"\1", r.command))
+            table.append([[r.title], [f"`{r.name}`"], [f"{r.done} of {r.tasks}"], *measured, [f"`{typed}`"]])
+        yield markdown(title, ["Strategy", "name", "tasks", *(METRICS[m][0] for m in metrics), "command"], table)
 
 
 # ------------------------------ figures
@@ -423,55 +462,55 @@ def plot(panels):
 
 
 def grid(title, heads, rows):
-    """A picture of rows {label: [pixels (h, w, 3) or None, ...]}, None if all are empty."""
+    """A picture of rows {label: [pixels (h, w, 3) or None, ...]} without empty rows and columns; None if all are."""
     rows = {label: line for label, line in rows.items() if any(pixels is not None for pixels in line)}
+    columns = [i for i in range(len(heads)) if any(line[i] is not None for line in rows.values())]
     if not rows:
         return None
-    figure = Figure(figsize=(1.6 + 2.8 * len(heads), 1 + 2.9 * len(rows)), layout="constrained")
-    for axes, (label, line) in zip(figure.subplots(len(rows), len(heads), squeeze=False), rows.items()):
+    figure = Figure(figsize=(1.6 + 2.8 * len(columns), 1 + 2.9 * len(rows)), layout="constrained")
+    for axes, (label, line) in zip(figure.subplots(len(rows), len(columns), squeeze=False), rows.items()):
         axes[0].set_ylabel(textwrap.fill(label, 16), rotation=0, ha="right", va="center", size=11)
-        for cell, pixels in zip(axes, line):
+        for cell, i in zip(axes, columns):
             cell.set(xticks=[], yticks=[])
             cell.spines[:].set_visible(False)
-            if pixels is not None:
-                cell.imshow(pixels, interpolation="nearest")
-    for cell, text in zip(figure.axes, heads):
-        lines = [textwrap.fill(line, 36, max_lines=4) for line in text.split("\n")]
+            if line[i] is not None:
+                cell.imshow(line[i], interpolation="nearest")
+    for cell, i in zip(figure.axes, columns):
+        lines = [textwrap.fill(line, 36, max_lines=4) for line in heads[i].split("\n")]
         cell.set_title("\n".join(lines), size=11, loc="left")
     figure.suptitle(title)
     return figure
 
 
-def samples(r, k):
-    """16 of the 64 images of samples/task<k>.png, from the same noises in every run: (h, w, 3), or None without."""
-    path, n = r.folder / "samples" / f"task{k}.png", 8 * (r.image_size + 1) + 2
+def samples(r, k, device, steps=()):
+    """16 images after task k as a picture (h, w, 3), out of samples/task<k>.png, or drawn by task<k>.pt from the same
+    noises. With `steps` one is drawn for each number of DDIM steps, where T means DDPM. A list, empty without files.
+    """
+    picture, weights, n = r.folder / f"samples/task{k}.png", r.folder / f"task{k}.pt", 4 * (r.image_size + 1) + 1
     try:
-        return np.asarray(Image.open(path).convert("RGB"))[:n, :n]
-    except FileNotFoundError:
-        return None
-    except (OSError, SyntaxError) as error:
-        return complain(path, f"damaged and left out of the figures ({error})")
-
-
-def draw(r, device):
-    """16 images from the same noises by the run's last model, with 2, 10 and 100 DDIM steps and with DDPM."""
-    path = r.folder / f"task{r.tasks}.pt"
-    try:
-        model, abar = UNet(**NETS[r.unet]), alpha_bar(r.schedule).to(device)
-        run.load_weights(model, path)
-    except (ValueError, KeyError) as error:
-        complain("Figure B.1 is left out", error)
-        return [None]
+        if picture.exists() and not steps:
+            return [np.asarray(Image.open(picture).convert("RGB"))[::2, ::2][:n, :n]]  # each pixel is there twice
+        if not weights.exists():
+            return []
+        device, autocast = run.start(SimpleNamespace(device=device, precision=r.precision, compile=False))
+        model, abar = UNet(**NETS[r.unet]).to(device), alpha_bar(r.schedule).to(device)
+        run.load_weights(model, weights)
+    except (OSError, SyntaxError, ValueError, KeyError) as error:
+        complain(r.folder, f"task {k} is left out of the figures ({error})")
+        return []
     reseed("grid")
-    x_T = torch.randn(64, model.in_channels, r.image_size, r.image_size)[:16].to(device)
-    drawn = [sample(model.to(device), x_T, abar, steps) for steps in (2, 10, 100)] + [ddpm_sample(model, x_T, abar)]
-    return [make_grid(quantize(x_0).cpu(), nrow=4, padding=1).permute(1, 2, 0).numpy() for x_0 in drawn]
+    x_T = torch.randn(64, model.in_channels, r.image_size, r.image_size)
+    x_T = x_T.unflatten(0, (8, 8))[:4, :4].flatten(0, 1).to(device)  # of a picture of 8x8 the upper left quarter
+    with autocast:
+        drawn = [ddpm_sample(model, x_T, abar) if n == T else sample(model, x_T, abar, n)
+                 for n in steps or [r.sample_steps]]
+    return [make_grid(data.quantize(x_0).cpu(), nrow=4, padding=1).permute(1, 2, 0).numpy() for x_0 in drawn]
 
 
 def commonest(runs, metric):
     """(metric, conditions) with the conditions of most of its values; None where there are none."""
-    found = collections.Counter(conditions for r in runs for name, _, conditions in r.values if name == metric)
-    return (metric, found.most_common(1)[0][0]) if found else None
+    found = [conditions for r in runs for name, _, conditions in r.values if name == metric]
+    return (metric, statistics.mode(found)) if found else None
 
 
 def curve(points, metric, conditions):
@@ -481,20 +520,20 @@ def curve(points, metric, conditions):
     return (found[0][0], *list(zip(*found))[1:]) if found else None
 
 
-def usual(bases, *methods):
-    """The bases of these methods with the preset's teacher steps: what the main figures show."""
-    return [base for base, (r, *_) in bases.items() if r.method in methods and r.usual]
+def usual(figure, bases):
+    """The bases that this figure of the paper shows, with the preset's teacher steps."""
+    return [base for base, (r, *_) in bases.items() if r.method in ROWS[figure].split(", ") and r.usual]
 
 
 def curve_figures(bases, sweeps):
-    """(name, figure): quality over tasks, over lambda, and over the minutes of training."""
+    """(name, figure): quality over tasks, and over lambda."""
     runs = sum([*bases.values(), *sweeps.values()], [])
-    fid, frd, kld, time = (commonest(runs, metric) for metric in ("fid", "frd", "kld", "seconds"))
+    fid, frd, kld = (commonest(runs, metric) for metric in ("fid", "frd", "kld"))
     quality = fid or frd
-    if not quality or not time:
+    if not quality:
         return
     header, tasks = METRICS[quality[0]][0], range(1, 1 + runs[0].tasks)
-    for name, shown in ("figure4", usual(bases, "joint", "finetune", "gr", "gd")), ("figureB2", bases):
+    for name, shown in ("figure4", usual("Figure 4", bases)), ("figureB2", bases):
         panels = [("task", METRICS[metric][0], [curve([(k, bases[base], k) for k in tasks], metric, conditions)
                                                 for base in shown])
                   for metric, conditions in (quality, kld)]
@@ -507,34 +546,32 @@ def curve_figures(bases, sweeps):
         panels.append(("λ", header, [curve(points, *quality)]))
     yield "lambda", plot(panels)
 
-    trained = [(values(same, "seconds").get(time[1]), same) for same in bases.values()]
-    curves = [curve([(statistics.fmean(seconds) / 60, same, None)], *quality) for seconds, same in trained if seconds]
-    yield "time", plot([("minutes of training, " + ", ".join(time[1]), header, curves)])
-
 
 def sample_figures(bases, device):
     """(name, figure): samples of one seed, the one that most runs have."""
-    there = [r for same in bases.values() for r in same if r.folder and (r.folder / "samples").is_dir()]
+    there = [r for same in bases.values() for r in same if r.folder and any(r.folder.rglob("task*"))]
     if not there:
         return
     seed = statistics.mode(sorted(r.seed for r in there))
     shown = {r.base: r for r in there if r.seed == seed}
     first = next(iter(shown.values()))
-    plans = {"figure2": usual(bases, "gr"), "figure3": shown, "figure6": usual(bases, "gr", "gd", "lwf", "noise")}
-    plans |= {f"figureB{i}": [base] for i, base in enumerate(STRIPS.split(), 13 if first.dataset == "cifar10" else 3)}
-    for name, wanted in plans.items():
-        rows = {shown[base].label: [samples(shown[base], k) for k in range(1, 1 + first.tasks)]
-                for base in wanted if base in shown}
-        yield name, grid(f"seed {seed}, after each task", first.heads, rows)
+    tasks = range(1, 1 + first.tasks)
+    heads = [f"task {k}\n" + ", ".join(first.class_names[c] for c in first.class_tasks[k - 1]) for k in tasks]
+    pictures = {base: [next(iter(samples(r, k, device)), None) for k in tasks] for base, r in shown.items()}
+    plans = {"figure2": usual("Figure 2", bases), "figure3": shown, "figure6": usual("Figure 6", bases)}
+    strips = enumerate(ROWS["Figure B.2"].split(", "), 13 if first.dataset == "cifar10" else 3)
+    for name, wanted in (plans | {f"figureB{i}": [base] for i, base in strips}).items():
+        rows = {shown[base].label: pictures[base] for base in wanted if base in shown}
+        yield name, grid(f"seed {seed}, after each task", heads, rows)
 
     last, rows = f"seed {seed}, after the last task", {}
     replaying = [r for r in shown.values() if r.method in ("gr", "gd")]
     steps = sorted({r.count for r in replaying})
     for r in replaying:
-        rows.setdefault(r.title, [None] * len(steps))[steps.index(r.count)] = samples(r, r.tasks)
+        rows.setdefault(r.title, [None] * len(steps))[steps.index(r.count)] = pictures[r.base][-1]
     if len(steps) > 1:
         yield "figure5", grid(last, [f"{n} teacher steps" for n in steps], rows)
-    rows = {r.label: draw(r, device) for r in shown.values() if r.method == "joint" and r.done == r.tasks}
+    rows = {r.label: samples(r, r.tasks, device, (2, 10, 100, T)) for r in shown.values() if r.method == "joint"}
     yield "figureB1", grid(last, ["2 DDIM steps", "10 DDIM steps", "100 DDIM steps", "1000 DDPM steps"], rows)
 
 
@@ -583,22 +620,30 @@ def figures(runs, out, device):
     return made
 
 
-# ------------------------------ main
-
 def main(argv=None):
     args = get_args(argv)
-    device, runs, out = run.pick_device(args.device), find(args.folders), args.out or args.folders[0]
+    if args.rows:
+        rows = [(row, name in ACCURACY and row not in ("joint", "finetune"))
+                for name in (TABLES if args.rows == "all" else [args.rows])
+                for row in ROWS.get(f"{name} on {args.dataset}", ROWS[name]).split(", ")]
+        rows.sort(key=lambda row: not row[1])  # of a row in two tables the one with an accuracy counts
+        for command in missing(rows, args.scale, args.dataset, args.seeds, find(args.folders)):
+            print("python", shlex.join(command))
+        return
+    device, runs = run.pick_device(args.device), find(args.folders)
+    if not runs:
+        raise InputError(f"no run to report in {' or '.join(map(str, args.folders)) or 'runs or results'}: train one, "
+                         "for example with python train_gd.py --scale laptop")
+    out = args.out or args.folders[0]
     paths = [args.save / r.dataset_name / r.name / f"seed{r.seed}.json" for r in runs] if args.save else []
-    for path in [out / "report.md", *paths] + [args.csv] * bool(args.csv):
+    for path in [out / "report.md", *paths]:
         run.check_writable(path)
     papers, ours = [*beside_the_papers(runs)], [*all_tables(runs)]
     text = INTRODUCTION + "\n".join(papers + ours if any(r.complete for r in runs) else ours + papers)
     print(text)
     for path, r in zip(paths, runs):
         run.write_json(path, {"commit": commit()} | r.record)  # what was saved before keeps its own
-    if args.csv:
-        save_csv(args.csv, runs)
-    made = figures(runs, out, device) if args.figures else []
+    made = figures(runs, out, str(device)) if args.figures else []
     text += "".join(f"\n![{Path(name).stem}]({name})\n" for name in made)
     run.replace(out / "report.md", lambda file: file.write(text.encode()))
     print(f"written: {out / 'report.md'}" + f" and {len(made)} figures beside it" * bool(made), file=sys.stderr)

@@ -513,8 +513,8 @@ def test_a_labeller_never_judges_other_images(main, tmp_path, pictures, folder_r
 
 def test_bad_labellers(main, tmp_path, pictures, folder_run, monkeypatch, shapes):
     folder_run("run", image_size=32)
-    digest = data.digest(*data.load_images(str(pictures), "train", "data", 32))[:8]  # a wide one is trained by hand
-    refused(main, f"{digest}.pt: train it with python eval_fid.py --train-resnet18 {pictures} --image-size 32", "run")
+    refused(main, f"mine.pt: train it with python eval_fid.py --train-resnet18 {pictures} --image-size 32", "run",
+            "--labeller-path", "mine.pt")
     folder_run("small")
     refused(main, "--labeller imagenet is for 32x32 and more", "small", "--labeller", "imagenet")
     refused(main, "there is no labeller mine.pt", "small", "--labeller-path", "mine.pt")
