@@ -86,7 +86,7 @@ def get_args(argv=None):
     add("--image-size", type=run.positive(int, 4096), help="of --train-resnet18 (default: 32, ImageNet-100 64)")
     add("--epochs", type=run.positive(int), help="of --train-resnet18 (default: 100, below 32x32 1)")
     add("--labeller", default="scratch", choices=["scratch", "imagenet"], help="3x3 stem, or as the released code")
-    add("--labeller-path", metavar="PATH", help="the labeller's file (default: the one in runs/labellers for these images)")
+    add("--labeller-path", metavar="PATH", help="its file (default: the one in runs/labellers for these images)")
     add("--resnet18-weights", metavar="PATH", help="ImageNet weights, where they cannot be downloaded")
     add("--n", type=run.positive(int), help="images per task (paper scale: 10000, else 2000), or the first n of IMAGES")
     add("--steps", type=run.positive(int, T), help="DDIM steps (default: the run's; paper: 10, CIFAR-10 20)")

@@ -64,8 +64,8 @@ def get_args(argv=None):
     add("--tasks", type=run.positive(int), help="of a target (paper: 5)")
     add("--class-order", help="of a target: random (by the seed, as the paper), natural, or '0,1|2,7' states the tasks")
     add("--steps", type=run.positive(int, T), help="of a run: DDIM steps of its models (paper: 10, CIFAR-10 20)")
-    add("--pool", type=run.positive(int), metavar="N", help="of a run: draw N images in each task and replay these again "
-        "and again (small: 6400), in place of new ones in every update (paper)")
+    add("--pool", type=run.positive(int), metavar="N", help="of a run: draw N images in each task and replay them "
+        "again and again (small: 6400), in place of new ones in every update (paper)")
     add("--replay-loss", choices=["paper", "reversed"], help="of a run: Equation 12 (default), or as the released code")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=run.per_task(float, "epochs"), dest="length", metavar="E",
