@@ -20,7 +20,6 @@ Skiers and Deja, "Joint Diffusion Models in Continual Learning", arXiv 2411.0822
     python train_jdcl.py --dataset shapes --scale laptop                 minutes on a laptop, no download
 """
 
-import argparse
 import copy
 import math
 from types import SimpleNamespace
@@ -41,14 +40,15 @@ LOG = ("loss", "denoise", "ce", "ce_unlabelled", "kd", "kd_class", "gradient_nor
 
 # -------------------------------------------------------------------------------------------------- arguments
 
+# crop is the least share of an image in the denoiser's view, in stage 1 and 2; clip is of x_0 at each step of DDIM.
 # DEVIATION: the released CIFAR-10 run learns its third global model with a rate of 2e-5, alone of all; we with 2e-4.
-PAPER = dict(class_order="natural", batch_size=256, lr=2e-4, alpha=1e-3, classifier_view="strong", crop=[0.85],
+PAPER = dict(class_order="natural", batch_size=256, lr=2e-4, alpha=1e-3, classifier_view="strong", crop=[0.85, 0.85],
              flip=True, unet="jdcl-cifar", image_size=32, local_init="scratch", local_iterations=[50_000],
              global_iterations=[30_000], classifier_start=10_000, replay_per_class=1000, replay_steps=250, clip=False,
              sample_steps=250, eval_every=500)
 # A small net does not overfit in a few hundred updates, so strong views and crops would only cost accuracy. It has less
 # time to find the classes, hence the larger alpha. Unless x_0 is clipped, some of its images are static.
-SMALL = dict(PAPER, batch_size=64, lr=2e-3, alpha=0.03, classifier_view="weak", crop=[1.0], flip=False,
+SMALL = dict(PAPER, batch_size=64, lr=2e-3, alpha=0.03, classifier_view="weak", crop=[1.0, 1.0], flip=False,
              unet="jdcl-laptop", image_size=16, local_iterations=[1000], global_iterations=[1000],
              classifier_start=250, replay_per_class=400, replay_steps=25, clip=True, sample_steps=25, eval_every=100)
 LAPTOP = dict(SMALL, local_iterations=[400], global_iterations=[400], classifier_start=133, replay_per_class=200)
@@ -73,32 +73,24 @@ def get_args(argv=None):
     add = parser.add_argument
     add("--dataset", default="cifar10", type=data.dataset, metavar="NAME|FOLDER",
         help=f"{', '.join(data.DATASETS)} or a folder of class folders (default: cifar10)")
-    add("--replay", default="generated", choices=list(METHODS), dest="source",
-        help="of old tasks: JDCL's own images, all real ones (Continual Joint), none (finetuning)")
+    add("--replay", default="generated", choices=list(METHODS), dest="source", help="old images: drawn, all real, none")
     add("--no-kd", action="store_true", help="ablation: learn the drawn images and labels, distil nothing")
     add("--one-stage", action="store_true", help="ablation: the global model learns the new images itself")
     add("--separate", action="store_true", help="ablation: a ResNet18 of its own classifies, not the denoiser")
     add("--labels", type=run.positive(float, 1), help="share of the labels that is known (paper: 0.008, 0.05)")
     add("--labelled-only", action="store_true", help="with --labels: leave the other images out")
-    add("--kd-weighting", default="sample", choices=["sample", "group"],
-        help="distil every image alike (default, as released), or old and new classes alike (paper)")
-    add("--teacher", default="ema", choices=["ema", "raw"],
-        help="teachers and labellers: EMA weights without dropout (default), or raw ones with it (as released)")
+    add("--kd-weighting", default="sample", choices=["sample", "group"], help="of images, or of old and new classes")
+    add("--teacher", default="ema", choices=["ema", "raw"], help="weights that teach and label; raw: with dropout")
     add("--local-init", choices=["scratch", "global"], help="of the local model (default: scratch, ImageNet global)")
     add("--local-iterations", type=run.per_task(int), metavar="N", help="updates of stage 1: N, or N1,N2,... by task")
     add("--global-iterations", type=run.per_task(int), metavar="N", help="updates of stage 2: N, or N2,N3,... by task")
     add("--classifier-start", type=run.whole, help="update of stage 2 from which it learns to classify (paper: 10000)")
     add("--replay-per-class", type=run.positive(int), help="images drawn for each class (paper: 1000, 400, 1040)")
     add("--replay-steps", type=run.positive(int, T), help="DDIM steps of the replay (paper: 250)")
-    add("--clip", action=argparse.BooleanOptionalAction, help="x_0 to [-1, 1] at each step of DDIM (paper: no)")
-    add("--replay-cap", type=run.positive(float, 1e6), default=2.0,
-        help="draw at most so many times the images wanted; copies fill up a class (default: 2)")
+    add("--replay-cap", type=run.positive(float, 1e6), default=2.0, help="most images drawn for each that is wanted")
     add("--batch-size", type=run.positive(int), help="images per update (paper: 256)")
     add("--lr", type=run.positive(float), help="learning rate of AdamW (paper: 2e-4)")
     add("--alpha", type=run.positive(float), help="weight of the classifier's terms (paper: 0.001)")
-    add("--classifier-view", choices=["strong", "weak"], help="RandAugment and cutout, or only moved (paper: strong)")
-    add("--crop", type=run.per_task(float), metavar="S",
-        help="least share of an image in the denoiser's view: S, or S1,S2 by stage (paper: 0.85, CIFAR-10 0.85,0.64)")
     add("--unet", choices=[name for name in NETS if name.startswith("jdcl")], help="network (default: the dataset's)")
     add("--eval-every", type=run.positive(int), help="updates between two accuracies (paper: 500)")
     run.add_arguments(parser, scales=list(GREY))
@@ -112,66 +104,56 @@ def get_args(argv=None):
         preset["local_init"] = "global"  # or else nothing would be left of the task before
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
-    departs = run.departures(parser, args, "source")
+    args.class_tasks = data.class_tasks(len(info.classes), args.tasks, args.class_order, args.seed)
+    departs = run.departures(parser, args, "source", "class_tasks")
 
     two_stages = ["kd_weighting", "local_init", "global_iterations", "classifier_start"]
     drawing = ["no_kd", "one_stage", "teacher", "replay_per_class", "replay_steps", "replay_cap"]
-    for case, happens, idle in (  # flags that would do nothing are mistakes
-            ("without generated replay", args.source != "generated", drawing + two_stages),
-            ("with --one-stage", args.one_stage, ["labels"] + two_stages),
-            ("with --no-kd", args.no_kd, ["kd_weighting"]), ("without --labels", not args.labels, ["labelled_only"])):
-        for key in idle:
-            if happens and key in departs:
-                parser.error(f"--{key.replace('_', '-')} does nothing {case}")
-    for key, most in ("local_iterations", args.tasks), ("global_iterations", max(1, args.tasks - 1)), ("crop", 2):
+    idle = ((drawing + two_stages) * (args.source != "generated") + (["labels"] + two_stages) * args.one_stage
+            + ["kd_weighting"] * args.no_kd + ["labelled_only"] * (not args.labels))
+    for key in idle:
+        if key in departs:
+            parser.error(f"--{key.replace('_', '-')} does nothing beside the other arguments: leave it out")
+    for key, most in ("local_iterations", args.tasks), ("global_iterations", max(1, args.tasks - 1)):
         if len(departs.get(key, [])) > most:
             parser.error(f"--{key.replace('_', '-')} takes at most {most} values here")
-    if max(args.crop) > 1:
-        parser.error("--crop is a share of an image, at most 1")
-    if args.batch_size < (8 if args.labels and not args.labelled_only else 2):
-        parser.error("--batch-size must be 2 or more, and 8 with --labels, of which one in eight has a label")
+    # In every batch each process has an image of the old and of the new classes, and FixMatch one label in eight.
+    sizes = [len(classes) for classes in args.class_tasks]
+    least = max(run.world * math.ceil(sum(sizes) / min(sizes)), 8 if args.labels else 2)
+    if args.batch_size < least:
+        parser.error(f"--batch-size must be {least} or more here")
     if why := misfit(args.unet, info.channels, args.image_size):
         parser.error(why)
 
-    args.class_tasks = data.class_tasks(len(info.classes), args.tasks, args.class_order, args.seed)
     args.method, args.title = METHODS[args.source]
     args.base, args.schedule = args.method, "jdcl"
     run.describe(args, parser, info, preset, departs)
     return args
 
 
-def count_updates(args, local_iterations, global_iterations):
-    """[(n_local, n_global), ...], the updates of both stages by task; n_global is 0 where there is no stage 2.
-
-    With --one-stage stage 2 is the only one, and takes as many updates as a local model would.
-    """
-    n_local, n_global = run.spread(local_iterations, args.tasks), run.spread(global_iterations, args.tasks - 1)
+def count_updates(args, how):
+    """[(n_local, n_global), ...]: the updates of both stages by task; `how` is vars(args), or the preset of the run."""
+    n_local, n_global = (run.spread(how[f"{stage}_iterations"], args.tasks) for stage in ("local", "global"))
     if args.source != "generated":
         return [(n, 0) for n in n_local]
-    later = [(0, n) for n in n_local[1:]] if args.one_stage else list(zip(n_local[1:], n_global))
-    return [(n_local[0], 0), *later]
+    if args.one_stage:  # stage 2 takes as many updates as a local model would
+        return [(n_local[0], 0)] + [(0, n) for n in n_local[1:]]
+    return list(zip(n_local, [0, *n_global]))
 
 
 # -------------------------------------------------------------------------------------------------- the model
 
-class Separate(UNet):
-    """The ablation without a shared encoder: the same denoiser, and a ResNet18 that classifies."""
-
-    def __init__(self, classes, width, **net):
-        super().__init__(**net)
-        resnet = resnet18(self.in_channels, classes, width)
-        last, resnet.fc = resnet.fc, nn.Identity()
-        self.head = nn.Sequential(resnet, last)  # head[-1] is the last layer, as in UNet
-
-    def classify(self, x_0):
-        return self.head(x_0)
-
-
 def build(args):
     """The network of the run, with an output for every class of the dataset from the first task on."""
-    if args.separate:
-        return Separate(len(args.class_names), 16 if args.image_size < 32 else 64, **NETS[args.unet])
-    return UNet(**NETS[args.unet], classes=len(args.class_names))
+    classes = len(args.class_names)
+    if not args.separate:
+        return UNet(**NETS[args.unet], classes=classes)
+    model = UNet(**NETS[args.unet])
+    resnet = resnet18(model.in_channels, classes, 16 if args.image_size < 32 else 64)
+    last, resnet.fc = resnet.fc, nn.Identity()
+    model.head = nn.Sequential(resnet, last)  # head[-1] is the last layer, as in UNet
+    model.features = lambda x_0: x_0          # what the head sees is the image itself
+    return model
 
 
 @torch.no_grad()
@@ -183,9 +165,6 @@ def update_ema(ema, model, n):
 
 
 # ----------------------------------------------------------------------------------------------------- losses
-#
-# Each returns its terms and their weighted sum, the loss: scalars by name. x_0 and x_c (B, C, H, W) are the denoiser's
-# and the classifier's view of the same images, y (B,) their classes.
 
 def diffuse(x_0, abar):
     """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, each image with its own t from 0 .. T-1 and eps ~ N(0, I).
@@ -197,79 +176,73 @@ def diffuse(x_0, abar):
     return [run.share(x) for x in (q_sample(x_0, t, eps, abar), t, eps)]
 
 
-def joint_losses(args, model, x_0, x_c, y, abar, on=True):
-    """|eps - model(x_t, t)|^2 + on alpha CE(model.classify(x_c), y): stage 1, and stage 2 without distillation."""
-    x_t, t, eps = diffuse(x_0, abar)
+# The losses return their terms and "loss", the weighted sum: scalars. x_t, t, eps are of the denoiser's view, x_c
+# (B, C, H, W) is the classifier's view of the same images, y (B,) are their classes.
+
+def joint_losses(args, model, x_t, t, eps, x_c, y):
+    """|eps - model(x_t, t)|^2 + alpha CE(model.classify(x_c), y), without the second term where x_c is None."""
     denoise = F.mse_loss(model(x_t, t), eps)
-    if not on:  # then the classifier does not run either
+    if x_c is None:
         return dict(loss=denoise, denoise=denoise)
-    ce = F.cross_entropy(model.classify(run.share(x_c)), run.share(y))
+    ce = F.cross_entropy(model.classify(x_c), y)
     return dict(loss=denoise + args.alpha * ce, denoise=denoise, ce=ce)
 
 
-def semi_supervised_losses(args, model, x_0, x_l, y_l, x_weak, x_strong, abar):
+def semi_supervised_losses(args, model, x_t, t, eps, x_strong, x_weak, x_l, y_l):
     """Stage 1 where few labels are known: FixMatch (Sohn et al., arXiv 2001.07685) in the place of CE.
 
     |eps - model(x_t, t)|^2 + alpha CE(x_l, y_l) + alpha mean_u 1[max q_u >= 0.95] CE(x_strong, argmax q_u) with q_u =
-    softmax(model.classify(x_weak)), no gradient; x_0, x_weak, x_strong are views of the same images.
+    softmax(model.classify(x_weak)), no gradient; x_strong and x_weak are views of the images of x_t.
     """
-    x_t, t, eps = diffuse(x_0, abar)
-    x_l, y_l, x_weak, x_strong = map(run.share, (x_l, y_l, x_weak, x_strong))
     with torch.no_grad():
         confidence, label = model.classify(x_weak).softmax(1).max(1)
     logits = model.classify(torch.cat([x_l, x_strong]))
     denoise, ce = F.mse_loss(model(x_t, t), eps), F.cross_entropy(logits[:len(y_l)], y_l)
-    each = F.cross_entropy(logits[len(y_l):], label, reduction="none")
-    ce_u = (each * (confidence >= 0.95)).mean()
+    ce_u = (F.cross_entropy(logits[len(y_l):], label, reduction="none") * (confidence >= 0.95)).mean()
     return dict(loss=denoise + args.alpha * (ce + ce_u), denoise=denoise, ce=ce, ce_unlabelled=ce_u)
 
 
-def kd_mean(d, n, part, weighting):
-    """Of distances d (B,), the first n of old classes: 2 mean(d), or mean(d_old) + mean(d_new); equal at task 2.
+def kd_mean(args, d, n, part):
+    """Of distances d (B,), the first n of old classes: 2 mean(d), or mean(d_old) + mean(d_new).
 
-    `part` is that of old images in the whole batch, n / B in one process.
+    `part` is that of old images in the whole batch. DEVIATION: the paper's formula is the second one, "group"; its
+    released code has weighed samples alike since September 2024.
     """
-    # DEVIATION: the paper's formula is "group"; its released code has weighed samples alike since September 2024.
-    if weighting == "sample":
+    if args.kd_weighting == "sample":
         return 2 * d.mean()
     return (d[:n].sum() / part + d[n:].sum() / (1 - part)) / len(d)
 
 
-def distillation_losses(args, model, old, new, n_old, x_0, x_c, y, abar, on):
-    """L_global of the top: the first n_old images have `old` for a teacher, the others `new`."""
-    x_t, t, eps = diffuse(x_0, abar)
-    n = sum(i < n_old for i in run.share(range(len(x_0))))  # how many of them are in this process's share
+def distillation_losses(args, model, old, new, n, part, x_t, t, eps, x_c, y):
+    """L_global of the top: the first n images have `old` for a teacher, the others `new`; "on" is that there is x_c."""
     with torch.no_grad():
         target = torch.cat([old(x_t[:n], t[:n]), new(x_t[n:], t[n:])])
-    pred, part = model(x_t, t), n_old / len(x_0)
+    pred = model(x_t, t)
     denoise = F.mse_loss(pred, eps)
-    kd = kd_mean((pred - target).float().square().mean((1, 2, 3)), n, part, args.kd_weighting)
-    if not on:
+    kd = kd_mean(args, (pred - target).float().square().mean((1, 2, 3)), n, part)
+    if x_c is None:
         return dict(loss=BETA * denoise + kd, denoise=denoise, kd=kd)
-    x_c = run.share(x_c)
     with torch.no_grad():
         q = torch.cat([old.classify(x_c[:n]), new.classify(x_c[n:])]).float().softmax(1)
     logits = model.classify(x_c)
-    ce = F.cross_entropy(logits, run.share(y))
-    kd_class = kd_mean(F.cross_entropy(logits, q, reduction="none"), n, part, args.kd_weighting)
+    ce = F.cross_entropy(logits, y)
+    kd_class = kd_mean(args, F.cross_entropy(logits, q, reduction="none"), n, part)
     loss = BETA * (denoise + args.alpha * ce) + kd + args.alpha * kd_class
     return dict(loss=loss, denoise=denoise, ce=ce, kd=kd, kd_class=kd_class)
 
 
-def one_stage_losses(args, model, old, n_old, x_0, x_c, y, abar):
-    """The ablation without a local model: the first n_old images are replayed and distil `old`, the others are real.
+def one_stage_losses(args, model, old, n, x_t, t, eps, x_c, y):
+    """The ablation without a local model: the first n of B images are replayed and distil `old`, the others are real.
 
-    n_new/B |eps - model|^2_new + n_old/B |e_T - model|^2_old + alpha (CE(p, y) + n_old/B H(q_T, p)_old)
+    (1 - n/B) |eps - model|^2_real + n/B |e_T - model|^2_replayed + alpha (CE(p, y) + n/B H(q_T, p)_replayed)
 
     DEVIATION: in the released settings 5000 images of each old class are replayed; here as many as in two stages.
     """
-    x_t, t, eps = diffuse(x_0, abar)
-    x_c, n = run.share(x_c), sum(i < n_old for i in run.share(range(len(x_0))))
     with torch.no_grad():
         target, q = old(x_t[:n], t[:n]), old.classify(x_c[:n]).float().softmax(1)
     pred, logits, part = model(x_t, t), model.classify(x_c), n / len(x_t)
     denoise, kd = F.mse_loss(pred[n:], eps[n:]), F.mse_loss(pred[:n], target)
-    ce, kd_class = F.cross_entropy(logits, run.share(y)), F.cross_entropy(logits[:n], q)
+    ce, kd_class = F.cross_entropy(logits, y), F.cross_entropy(logits[:n], q)
     loss = (1 - part) * denoise + part * kd + args.alpha * (ce + part * kd_class)
     return dict(loss=loss, denoise=denoise, ce=ce, kd=kd, kd_class=kd_class)
 
@@ -283,34 +256,35 @@ def classify(model, u8):
         return torch.cat([model.classify(data.normalize(part)).float().cpu() for part in u8.split(1000)])
 
 
-def count_correct(model, test, classes):
-    """Of the images test[c] of each class c how many the model gives class c, out of all it knows: {c: count}."""
-    return {c: int((classify(model, test[c]).argmax(1) == c).sum()) for c in classes}
+def count(model, images, classes):
+    """{c: (right, of)}: of images[c] of each class c the model gives so many class c, out of all it knows."""
+    return {c: (int((classify(model, images[c]).argmax(1) == c).sum()), len(images[c])) for c in classes}
 
 
-def measure(job, classes, of_old=None):
-    """Accuracies of job.ema by name, over the test images of `classes` and over replayed images of_old, {c: u8}."""
-    def accuracy(some):
-        return sum(right[c] for c in some) / sum(len(job.test[c]) for c in some)
+def accuracy(counts):
+    """The share of right answers in several pairs (right, of)."""
+    right, of = zip(*counts)
+    return sum(right) / sum(of)
 
-    right, first = count_correct(job.ema, job.test, classes), job.args.class_tasks[0]
-    found = {"accuracy": accuracy(classes), "accuracy_by_class": {c: accuracy([c]) for c in classes}}
-    if set(first) <= set(classes):
-        found["accuracy_task1"] = accuracy(first)
-    if of_old:
-        replayed = count_correct(job.ema, of_old, of_old)
-        found["accuracy_old_real"] = accuracy(of_old)
-        found["accuracy_old_replayed"] = sum(replayed.values()) / sum(map(len, of_old.values()))
+
+def measure(job, x_r=None):
+    """Accuracies of job.ema by name, on test images and in stage 2 on the old ones among the replayed, x_r {c: u8}."""
+    classes = job.classes if job.n_global and not x_r else job.seen  # a local model knows the new classes alone
+    counts, first = count(job.ema, job.test, classes), job.args.class_tasks[0]
+    found = {"accuracy": accuracy(counts.values()), "accuracy_by_class": {c: accuracy([n]) for c, n in counts.items()}}
+    if first[0] in classes:
+        found["accuracy_task1"] = accuracy(counts[c] for c in first)
+    if x_r:
+        found["accuracy_old_real"] = accuracy(counts[c] for c in job.learned)
+        found["accuracy_old_replayed"] = accuracy(count(job.ema, x_r, job.learned).values())
     return found
 
 
 def summary(correct, total):
-    """What is said of correct[k][j], test images of task j <= k that are right after task k, of total[j]; K tasks done.
+    """Of correct[k][j], how many of the total[j] test images of task j <= k are right after task k; K tasks are done.
 
-    matrix              a_kj = correct_kj / total_j, a row for each k
-    accuracy            sum_j correct_kj / sum_j total_j for each k, all classes seen
-    average_accuracy    1/K sum_j a_Kj
-    average_forgetting  1/(K-1) sum_{j<K} (max_{j<=m<K} a_mj - a_Kj), None for K = 1 (Chaudhry et al., arXiv 1801.10112)
+    matrix a_kj = correct_kj / total_j, accuracy of all classes seen after each task k, average_accuracy mean_j a_Kj,
+    average_forgetting mean_{j<K} (max_{j<=m<K} a_mj - a_Kj), None for K = 1 (Chaudhry et al., arXiv 1801.10112).
     """
     a = [[right / of for right, of in zip(row, total)] for row in correct]
     lost = [max(row[j] for row in a[j:-1]) - a[-1][j] for j in range(len(a) - 1)]
@@ -318,33 +292,18 @@ def summary(correct, total):
                 average_forgetting=sum(lost) / len(lost) if lost else None, matrix=a, correct=correct, total=total)
 
 
-def histograms(real, replayed):
-    """Counts of the largest logit (N,) of real and of replayed images, both in 40 bins, as in the paper's Figure 4."""
-    edges = np.histogram_bin_edges(torch.cat([real, replayed]), 40)
-    return {"edges": edges.tolist()} | {
-        name: dict(counts=np.histogram(x, edges)[0].tolist(), mean=float(x.mean()), sd=float(x.std()))
-        for name, x in (("real", real), ("replayed", replayed))}
-
-
 # ----------------------------------------------------------------------------------------------------- stages
 #
-# `job`, made in main, is all that they share. Its networks stay, their weights come and go. In the run folder the
-# stages leave files with what get_weights returns, and `saved` is the content of one.
+# `job`, made in main, is all that they share. Its networks stay, their weights come and go.
 
-def get_weights(job):
-    """Of the model that learns: its moving average, itself, and how many updates are averaged."""
-    return {"model": job.ema.state_dict(), "raw": job.model.state_dict(), "count": job.count}
-
-
-def set_weights(job, saved):
-    """Let the model that learns go on from what get_weights has returned."""
-    job.ema.load_state_dict(saved["model"])
-    job.model.load_state_dict(saved["raw"])
-    job.count = saved["count"]
+def snapshot(job):
+    """What each file of weights holds: of the model that learns its moving average, itself, the updates averaged."""
+    return {"task": job.k, "model": job.ema.state_dict(), "raw": job.model.state_dict(), "count": job.count,
+            "memory": {}, "config": job.config}
 
 
 def earlier(path):
-    """What a task or stage before has left in the run folder, or a sentence on how to do without."""
+    """What a task or stage before has left in the run folder."""
     try:
         return run.load(path)
     except run.InputError as error:
@@ -352,38 +311,40 @@ def earlier(path):
                              "again, or if need be the one before") from error
 
 
-def pool(of_class, classes, device):
-    """A function of n: n images (n, C, H, W) at random of some classes of {c: u8}, and their labels (n,)."""
-    images = torch.cat([of_class[c] for c in classes]).to(device)
-    labels = torch.cat([torch.full((len(of_class[c]),), c) for c in classes]).to(device)
+def pool(images, classes, device):
+    """A function of n: u8 (n, C, H, W), at random of the images {c: u8} of some classes, and their classes y (n,)."""
+    u8 = torch.cat([images[c] for c in classes]).to(device)
+    y = torch.cat([torch.full((len(images[c]),), c) for c in classes]).to(device)
 
     def take(n):
-        i = torch.randint(len(labels), (n,), device=device)
-        return images[i], labels[i]
+        i = torch.randint(len(y), (n,), device=device)
+        return u8[i], y[i]
     return take
 
 
-def views(args, u8, smallest, classifier_view):
-    """Both views of images u8 (B, C, H, W) in [-1, 1]: the denoiser's, and the classifier's where there is one."""
-    x_0 = data.normalize(data.diffusion_view(u8, args.flip, smallest))
-    view = {"strong": data.strong_view, "weak": data.weak_view}.get(classifier_view)
-    return x_0, view and data.normalize(view(u8, args.flip))
+def make_batch(job, smallest, u8, *views):
+    """x_t, t, eps of the denoiser's view of images u8, and x_c for each (view, images), None where view is None."""
+    x_0 = data.normalize(data.diffusion_view(u8, job.args.flip, smallest))
+    x_c = [view and run.share(data.normalize(view(some, job.args.flip))) for view, some in views]
+    return *diffuse(x_0, job.abar), *x_c
 
 
-def learn(job, stage, losses, classes, of_old=None):
-    """All updates of a stage: job.model learns. Now and then it is measured; classes and of_old are for that.
+def learn(job, stage, saved, losses, x_r=None):
+    """All updates of a stage, "local" or "global": job.model and job.ema go on from a snapshot.
 
-    losses(u) draws the batch of update u = 0, 1, ... of the stage and returns its terms.
+    losses(u) draws the batch of update u = 0, 1, ... of the stage and returns its terms; x_r is for `measure`.
     """
     args, model, k = job.args, job.model, job.k
     before, n = (0, job.n_local) if stage == "local" else (job.n_local, job.n_global)  # updates before the stage, in it
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.01, fused=job.device.type != "mps")
     log, start, every = torch.zeros(n, len(LOG), device=job.device), 0, max(1, min(50, n // 20))
     if "optimizer" in job.state:  # the run was stopped inside this stage
-        set_weights(job, job.state)
-        run.restore(optimizer, job.state["optimizer"])
-        log.copy_(job.state["log"])
-        start = job.state["update"] - before
+        saved, start = job.state, job.state["update"] - before
+        run.restore(optimizer, saved["optimizer"])
+        log.copy_(saved["log"])
+    model.load_state_dict(saved["raw"])
+    job.ema.load_state_dict(saved["model"])
+    job.count = saved["count"]
     model.train()
     job.progress.begin(k, before + start)
     for u in range(start, n):
@@ -409,13 +370,13 @@ def learn(job, stage, losses, classes, of_old=None):
         if recording or saving:
             run.check_finite(log[:done], LOG, model, k, before)
         if recording:
-            recent = dict(zip(LOG, log[u // every * every:done].mean(0).tolist()))  # since the last multiple of `every`
-            told = {name: recent[name] for name in LOG if name in terms or name == "gradient_norm"}
+            recent = log[u // every * every:done].mean(0).tolist()  # since the last multiple of `every`
+            told = {name: value for name, value in zip(LOG, recent) if name in (*terms, "gradient_norm")}
             job.progress.record(before + done, told, lambda: {
-                "stage": stage, **(measure(job, classes, of_old) if evaluating else {})})
+                "stage": stage, **(measure(job, x_r) if evaluating else {})})
         if saving:
-            run.save_checkpoint(job.folder, {"task": k, "update": before + done, "stage": stage, **get_weights(job),
-                                             "optimizer": optimizer.state_dict(), "log": log})
+            run.save_checkpoint(job.folder, {**snapshot(job), "update": before + done, "stage": stage, "log": log,
+                                             "optimizer": optimizer.state_dict()})
 
 
 def learn_local(job, previous):
@@ -424,63 +385,46 @@ def learn_local(job, previous):
     In:  previous, the content of task<k-1>.pt, where --local-init global begins.
     Out: job's weights; where stage 2 follows, they and their accuracy are saved in local<k>.pt.
     """
-    args, seen = job.args, job.learned + job.classes
-    real, labelled = (pool(of_class, seen if args.source == "all" else job.classes, job.device)
-                      for of_class in (job.train, job.known))
+    args, classes = job.args, job.seen if job.args.source == "all" else job.classes
+    real, labelled = (images and pool(images, classes, job.device) for images in (job.train, job.labelled))
 
     def losses(u):
-        if not args.labels or args.labelled_only:
+        if not labelled:
             u8, y = real(args.batch_size)
-            return joint_losses(args, job.model, *views(args, u8, args.crop[0], args.classifier_view), y, job.abar)
+            batch = make_batch(job, args.crop[0], u8, (job.view, u8))
+            return joint_losses(args, job.model, *batch, run.share(y))
         # DEVIATION: with 5 % of CIFAR-10's labels the released batch is half as big; with few labels its EMA has a
         # decay of 0.999 throughout.
         few = args.batch_size // 8
         (u8_l, y_l), (u8, _) = labelled(few), real(args.batch_size - few)
-        x_0, x_strong = views(args, u8, args.crop[0], "strong")
-        x_l, x_weak = (data.normalize(data.weak_view(some, args.flip)) for some in (u8_l, u8))
-        return semi_supervised_losses(args, job.model, x_0, x_l, y_l, x_weak, x_strong, job.abar)
+        x_t, t, eps, x_strong, x_l, x_weak = make_batch(
+            job, args.crop[0], u8, (data.strong_view, u8), (data.weak_view, u8_l), (data.weak_view, u8))
+        return semi_supervised_losses(args, job.model, x_t, t, eps, x_strong, x_weak, x_l, run.share(y_l))
 
     if job.k == 1 or args.local_init == "scratch":
         reseed(args.seed, "weights", job.k)
         scratch = build(args).state_dict()
-        set_weights(job, {"model": scratch, "raw": scratch, "count": 0})
-    else:
-        set_weights(job, previous)
-    learn(job, "local", losses, job.classes if job.n_global else seen)  # a local model knows the new classes alone
+        previous = {"model": scratch, "raw": scratch, "count": 0}
+    learn(job, "local", previous, losses)
     if job.n_global:
-        accuracy = measure(job, job.classes)["accuracy"]
-        run.save(job.folder / f"local{job.k}.pt", {**get_weights(job), "accuracy": accuracy, "config": job.config})
-
-
-def set_teachers(job, previous, local):
-    """job.old becomes the global model of the task before, job.new the local model of this one, if there is one.
-
-    DEVIATION: the released code draws with EMA weights, but labels and distils with raw ones and dropout on, as
-    --teacher raw does.
-    """
-    raw = job.args.teacher == "raw"
-    for teacher, saved in (job.old, previous), (job.new, local):
-        if saved:
-            teacher.load_state_dict(saved["raw" if raw else "model"])
-            teacher.train(raw)
+        run.save(job.folder / f"local{job.k}.pt", {**snapshot(job), "accuracy": measure(job)["accuracy"]})
 
 
 def draw(job, side, classes, saved, labeller):
     """--replay-per-class images of each class, {c: uint8 (quota, C, H, W)}, and numbers about them.
 
-    The saved EMA weights draw images, DDIM from x_T to x_0, until every class has its quota or the cap is reached.
-    `labeller` says which of all classes an 8-bit image is of; if that class is not wanted or full, it is thrown away.
-    A class that is short is filled with mirrored and cropped copies of its images. `side` is "old" or "new".
+    The moving average in `saved` draws until every class has its quota or the cap is reached; `labeller` says what an
+    8-bit image shows. Surplus is thrown away, varied copies fill up a class that is short. `side` is "old" or "new".
     """
     # DEVIATION: the released code stops at abar_0, with 3 % of noise left, and labels floats before clamping them.
     args, batch, quota = job.args, 8 * job.args.batch_size, job.args.replay_per_class
-    none = torch.empty(0, *job.shape, dtype=torch.uint8)
     kept = job.state["kept"].setdefault(side, {  # or what a checkpoint had of it
-        "drawn": 0, "found": [0] * len(args.class_names), "images": dict.fromkeys(classes, none)})
+        "found": torch.zeros(len(args.class_names), dtype=torch.int64),
+        "images": {c: torch.empty(0, *job.shape, dtype=torch.uint8) for c in classes}})
     job.ema.load_state_dict(saved["model"])
     cap = math.ceil(args.replay_cap * quota * len(classes))
-    for drawn in tqdm(range(kept["drawn"], cap, batch), desc=f"task {job.k}, {side} classes, at most", unit="batch",
-                      leave=False, disable=True if run.rank else None):
+    for drawn in tqdm(range(int(kept["found"].sum()), cap, batch), desc=f"task {job.k}, {side} classes, at most",
+                      unit="batch", leave=False, disable=True if run.rank else None):
         if all(len(images) == quota for images in kept["images"].values()):
             break
         reseed(args.seed, "replay", job.k, side, drawn)
@@ -489,26 +433,22 @@ def draw(job, side, classes, saved, labeller):
             x = sample(job.ema, run.share(x_T), job.abar, args.replay_steps, clip=args.clip)
             u8 = data.quantize(run.gather(x, batch))
             y = labeller.classify(data.normalize(u8)).argmax(1)
-        kept["drawn"] += batch
-        kept["found"] = [n + int((y == c).sum()) for c, n in enumerate(kept["found"])]
+        kept["found"] += torch.bincount(y.cpu(), minlength=len(args.class_names))
         kept["images"] = {c: torch.cat([images, u8[y == c].cpu()])[:quota] for c, images in kept["images"].items()}
-        if run.save_due(args.save_every, kept["drawn"] // batch):
+        if run.save_due(args.save_every, drawn // batch + 1):
             run.save_checkpoint(job.folder, job.state)
 
-    full, copies = {}, []
+    found, full, copies = kept["found"].tolist(), {}, []
     for c, images in kept["images"].items():
         if not len(images):
-            raise run.InputError(
-                f"task {job.k}: none of {kept['drawn']} images drawn for the {side} classes looks like class {c} to "
-                "the model, so that it cannot be replayed: train longer (--local-iterations, --global-iterations) with "
-                "--restart, or draw more with a higher --replay-cap and another --out")
+            raise run.InputError(f"task {job.k}: none of {sum(found)} images drawn for the {side} classes looks like "
+                                 f"class {c} to the model: with --restart, train longer (--local-iterations, "
+                                 "--global-iterations) or draw more (--replay-cap)")
         copies.append(quota - len(images))
         reseed(args.seed, "copies", job.k, c)
         more = images[torch.randint(len(images), (copies[-1],))]
         full[c] = torch.cat([images, data.diffusion_view(more, args.flip, 0.9 if side == "old" else 0.85)])
-    print(f"task {job.k}: {kept['drawn']} images drawn for {quota} of each {side} class, {sum(copies)} of them copies",
-          flush=True)
-    return full, {"drawn": kept["drawn"], "found": kept["found"], "copies": copies}
+    return full, {"drawn": sum(found), "found": found, "copies": copies}
 
 
 def draw_and_label(job, previous, local):
@@ -517,13 +457,18 @@ def draw_and_label(job, previous, local):
     In:  previous and local, the contents of task<k-1>.pt and local<k>.pt (None in one stage); job.old, job.new.
     Out: replay<k>.pt, {"images" (N, C, H, W) uint8, old classes first, "labels" (N,), "about"}, and a picture.
     """
-    about, position = {}, {"task": job.k, "update": job.n_local}
+    about = {}
     if "kept" not in job.state:  # else the run was stopped while it drew
-        job.state = {**position, "stage": "replay", "kept": {}}
+        job.state = {"task": job.k, "update": job.n_local, "stage": "replay", "kept": {}}
         run.save_checkpoint(job.folder, job.state)
     x_r, about["old"] = draw(job, "old", job.learned, previous, job.old)
-    real, replayed = (torch.cat([images[c] for c in job.learned]).to(job.device) for images in (job.test, x_r))
-    about["logits"] = histograms(classify(job.ema, real).amax(1), classify(job.ema, replayed).amax(1))
+    # The largest logits of real and of replayed images, in the same 40 bins, as in the paper's Figure 4.
+    largest = {name: classify(job.ema, torch.cat([images[c] for c in job.learned]).to(job.device)).amax(1)
+               for name, images in (("real", job.test), ("replayed", x_r))}
+    edges = np.histogram_bin_edges(torch.cat([*largest.values()]), 40)
+    about["logits"] = {"edges": edges.tolist()} | {
+        name: dict(counts=np.histogram(x, edges)[0].tolist(), mean=float(x.mean()), sd=float(x.std()))
+        for name, x in largest.items()}
     if local:
         more, about["new"] = draw(job, "new", job.classes, local, job.new)
         x_r |= more
@@ -531,7 +476,7 @@ def draw_and_label(job, previous, local):
     run.save(job.folder / f"replay{job.k}.pt", {"images": torch.cat([*x_r.values()]), "labels": labels, "about": about})
     rows = [images[:10] for images in x_r.values()][-20:]
     run.save_picture(job.folder / "samples" / f"replay{job.k}.png", torch.cat(rows), columns=len(rows[0]))
-    job.state = {**position, "stage": "global"}
+    job.state = {"task": job.k, "update": job.n_local, "stage": "global"}
     run.save_checkpoint(job.folder, job.state)
 
 
@@ -541,61 +486,53 @@ def learn_global(job, previous, replay):
     In:  previous, the content of task<k-1>.pt, where it begins; replay, that of replay<k>.pt; job.old, job.new.
     Out: job's weights.
     """
-    args, learned, seen = job.args, job.learned, job.learned + job.classes
-    x_r = {c: replay["images"][replay["labels"] == c].to(job.device) for c in seen}
+    args, learned = job.args, job.learned
+    x_r = {c: replay["images"][replay["labels"] == c].to(job.device) for c in job.seen}
     old_images = pool(x_r, learned, job.device)
     new_images = pool(job.train if args.one_stage else x_r, job.classes, job.device)
     # DEVIATION: the released batches are drawn at random from old and new together; at a fixed ratio the teachers'
     # batches keep their shapes.
-    n_old = min(args.batch_size - 1, max(1, round(args.batch_size * len(learned) / len(seen))))
-    if min(n_old, args.batch_size - n_old) < run.world:
-        raise run.InputError(f"task {job.k} has {n_old} old images in a batch of {args.batch_size}, too few of the old "
-                             f"or the new for {run.world} processes: choose fewer")
+    n_old = round(args.batch_size * len(learned) / len(job.seen))
+    n = sum(i < n_old for i in run.share(range(args.batch_size)))  # how many of them are in this process's share
 
     def losses(u):
         # DEVIATION: the released code counts validation batches too, and begins after 8,636 updates.
         on = args.one_stage or u >= args.classifier_start
-        (u8_old, y_old), (u8_new, y_new) = old_images(n_old), new_images(args.batch_size - n_old)
-        u8, y = torch.cat([u8_old, u8_new]), torch.cat([y_old, y_new])
-        x_0, x_c = views(args, u8, args.crop[-1], args.classifier_view if on else None)
+        u8, y = map(torch.cat, zip(old_images(n_old), new_images(args.batch_size - n_old)))
+        batch = *make_batch(job, args.crop[1], u8, (job.view if on else None, u8)), run.share(y)
         if args.no_kd:
-            return joint_losses(args, job.model, x_0, x_c, y, job.abar, on)
+            return joint_losses(args, job.model, *batch)
         if args.one_stage:
-            return one_stage_losses(args, job.model, job.old, n_old, x_0, x_c, y, job.abar)
-        return distillation_losses(args, job.model, job.old, job.new, n_old, x_0, x_c, y, job.abar, on)
+            return one_stage_losses(args, job.model, job.old, n, *batch)
+        return distillation_losses(args, job.model, job.old, job.new, n, n_old / args.batch_size, *batch)
 
-    set_weights(job, previous)
     # The last layer's rows of classes not seen so far begin anew: all they have learned is never to answer.
     # DEVIATION: all released settings ask for this, but in the released code it no longer happens.
-    unseen = [c for c in range(len(args.class_names)) if c not in learned]
+    last, unseen = f"head.{len(job.model.head) - 1}.weight", [c not in learned for c in range(len(args.class_names))]
     reseed(args.seed, "head", job.k)
-    rows = nn.init.xavier_uniform_(torch.empty(job.model.head[-1].weight.shape))[unseen].to(job.device)
-    with torch.no_grad():
-        for net in job.model, job.ema:
-            net.head[-1].weight[unseen] = rows
-    learn(job, "global", losses, seen, {c: x_r[c] for c in learned})
+    rows = nn.init.xavier_uniform_(torch.empty(job.model.head[-1].weight.shape))[unseen]
+    for weights in previous["raw"], previous["model"]:
+        weights[last][unseen] = rows
+    learn(job, "global", previous, losses, x_r)
 
 
 def finish_task(job, previous, local, replay):
     """Measure the model after the task and save it: accuracy.json, samples/task<k>.png, task<k>.pt."""
-    args, k, tasks, seen = job.args, job.k, job.args.class_tasks[:job.k], job.learned + job.classes
-    right, total = count_correct(job.ema, job.test, seen), {c: len(job.test[c]) for c in seen}
-    history = (previous["history"] if previous else []) + [{
-        "task": k, "correct": [sum(right[c] for c in classes) for classes in tasks],
-        "total": [sum(total[c] for c in classes) for classes in tasks],
-        "by_class": {str(c): right[c] / total[c] for c in seen},
+    args, k, counts = job.args, job.k, count(job.ema, job.test, job.seen)
+    correct, total = ([sum(counts[c][i] for c in classes) for classes in args.class_tasks[:k]] for i in (0, 1))
+    history = previous["history"] + [{
+        "task": k, "correct": correct, "total": total, "by_class": {str(c): accuracy([counts[c]]) for c in job.seen},
         "local": local and local["accuracy"], "replay": replay and replay["about"]}]
-    result = summary([h["correct"] for h in history], history[-1]["total"])
+    result = summary([h["correct"] for h in history], total)
     whole, head = (sum(p.numel() for p in net.parameters()) for net in (job.model, job.model.head))
-    parameters = {"unet": whole - head, "head": head}
-    run.write_json(job.folder / "accuracy.json", dict(result, tasks=history, parameters=parameters))
+    run.write_json(job.folder / "accuracy.json",
+                   dict(result, tasks=history, parameters={"unet": whole - head, "head": head}))
     reseed("grid")  # the same 64 noises in every run and, as the CPU draws them, on every device
     x_T = torch.randn(64, *job.shape).to(job.device)
     with job.autocast, run.eager(args.compile):
         x = sample(job.ema, x_T, job.abar, args.sample_steps, clip=args.clip)
     run.save_picture(job.folder / "samples" / f"task{k}.png", data.quantize(x), columns=8)
-    run.save(job.folder / f"task{k}.pt",
-             {"task": k, **get_weights(job), "history": history, "memory": {}, "config": job.config})
+    run.save(job.folder / f"task{k}.pt", {**snapshot(job), "history": history})
     print(f"task {k}: average accuracy {result['average_accuracy']:.4f}, of each task "
           f"{' '.join(f'{a:.4f}' for a in result['matrix'][-1])}", flush=True)
     job.state = {}
@@ -610,45 +547,55 @@ def main(argv=None):
     # Data: uint8 images of each class, {c: (n, C, H, W)}.
     splits = (data.load_images(args.dataset, split, args.data_dir, args.image_size) for split in ("train", "test"))
     train, test = ({c: u8[y == c] for c in sum(args.class_tasks, [])} for u8, y in splits)
-    known = train
-    if args.labels:  # the same share of every class
+    labelled = None  # for FixMatch, the same share of every class
+    if args.labels:
         reseed(args.seed, "labels")
-        known = {c: u8[torch.randperm(len(u8))[:max(1, round(args.labels * len(u8)))]] for c, u8 in train.items()}
+        labelled = {c: u8[torch.randperm(len(u8))[:max(1, round(args.labels * len(u8)))]] for c, u8 in train.items()}
+    if args.labelled_only:
+        train, labelled = labelled, None
 
     # The networks, the run folder, and where the run stands.
     model = build(args).to(device)
     ema, old, new = (copy.deepcopy(model).eval().requires_grad_(False) for _ in range(3))
     held = 2 if args.source != "generated" else 3 if args.one_stage else 4  # of these four the method needs so many
-    stages, usual = (count_updates(args, how["local_iterations"], how["global_iterations"])
-                     for how in (vars(args), args.preset))
-    config = dict(vars(args), updates=[sum(n) for n in stages], preset_updates=[sum(n) for n in usual],
+    stages = count_updates(args, vars(args))
+    config = dict(vars(args), updates=[sum(n) for n in stages],
+                  preset_updates=[sum(n) for n in count_updates(args, args.preset)],
                   parameters=held * sum(p.numel() for p in model.parameters()))
     folder = run.open_folder(config)
     if args.compile:
         for net in model, ema, old, new:
             net.compile(dynamic=False)
-        for net in model, old, new:  # not ema: each class that it is tested on may have another number of images
-            net.classify = torch.compile(net.classify, dynamic=False)
+            if net is not ema:  # it is tested on each class, and these may have different numbers of images
+                net.classify = torch.compile(net.classify, dynamic=False)
     state = run.latest(folder, args.tasks) or {"task": 1, "update": 0}
     job = SimpleNamespace(
         args=args, config=config, device=device, autocast=autocast, abar=alpha_bar(args.schedule).to(device),
         folder=folder, state=state, progress=run.Progress(folder, state, config["updates"], device),
-        train=known if args.labelled_only else train, known=known,
-        test={c: u8.to(device) for c, u8 in test.items()}, shape=(model.in_channels, args.image_size, args.image_size),
+        train=train, labelled=labelled, test={c: u8.to(device) for c, u8 in test.items()},
+        view={"strong": data.strong_view, "weak": data.weak_view}[args.classifier_view],
+        shape=(model.in_channels, args.image_size, args.image_size),
         model=model, ema=ema, count=0,  # the model that learns, and its moving average over so many updates
         old=old, new=new)               # the teachers of old and of new classes in stage 2
 
     for k in range(state["task"], args.tasks + 1):
         job.k, (job.n_local, job.n_global) = k, stages[k - 1]  # updates of stage 1 and 2, 0 where there is none
         job.learned, job.classes = sum(args.class_tasks[:k - 1], []), args.class_tasks[k - 1]
+        job.seen = job.learned + job.classes
         stage = job.state.get("stage", "local")  # at which the run was stopped, or the first
-        previous = earlier(folder / f"task{k - 1}.pt") if k > 1 else None  # the global model of the task before
+        previous = earlier(folder / f"task{k - 1}.pt") if k > 1 else {"history": []}  # the global model before
         local = replay = None
         if job.n_local and stage == "local":
             learn_local(job, previous)
         if job.n_global:
             local = earlier(folder / f"local{k}.pt") if job.n_local else None
-            set_teachers(job, previous, local)
+            # DEVIATION: the released code draws with EMA weights, but labels and distils with raw ones and dropout on,
+            # as --teacher raw does.
+            raw = args.teacher == "raw"
+            for teacher, saved in (old, previous), (new, local):
+                if saved:
+                    teacher.load_state_dict(saved["raw" if raw else "model"])
+                    teacher.train(raw)
             if stage != "global":
                 draw_and_label(job, previous, local)
             replay = earlier(folder / f"replay{k}.pt")
