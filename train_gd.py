@@ -203,19 +203,19 @@ def main(argv=None):
     progress = run.Progress(folder, state, updates, device)
 
     for k in range(state["task"], args.tasks + 1):
-        index, n, every = of_task[k - 1], updates[k - 1], max(1, min(50, updates[k - 1] // 20))
+        index, end, every = of_task[k - 1], updates[k - 1], max(1, min(50, updates[k - 1] // 20))
         replaying = k > 1
         part_new = 1 / k if replaying else 1.0  # of the loss
         # DEVIATION: as in the released runs, and unsaid in the paper, Adam starts afresh with every task and the norm
         # of the gradient is clipped at 1.
         optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=device.type != "mps", capturable=graphs)
         prev.load_state_dict(state.get("prev", model.state_dict()))
-        log = torch.zeros(n, len(LOG), device=device)  # of every update
+        log = torch.zeros(end, len(LOG), device=device)  # of every update
         if state["update"]:  # the run was stopped inside this task
             run.restore(optimizer, state["optimizer"])
             log.copy_(state["log"])
 
-        def update(i, x_r=None):
+        def learn(i, x_r=None):
             """Learn from images[i], i (B,), and the replayed x_r (B, C, H, W): a row of the log, (len(LOG),)."""
             x_0 = to_x_0(images[i], args.flip)
             with autocast:
@@ -231,19 +231,19 @@ def main(argv=None):
             optimizer.step()
             return torch.cat([means, norm[None]])
 
-        step = run.CUDAGraph(update) if graphs else update
+        learn = run.CUDAGraph(learn) if graphs else learn
         progress.begin(k, state["update"])
-        for u, *batch in batches(args, prev, abar, autocast, index, shape, k, state["update"], n):
+        for u, *batch in batches(args, prev, abar, autocast, index, shape, k, state["update"], end):
             reseed(args.seed, "noise", k, u)
             with run.eager(args.compile and len(batch[0]) < args.batch_size):  # an epoch's last batch is not compiled
-                log[u] = step(*batch)
+                log[u] = learn(*batch)
             progress.step(len(batch[0]))
 
             # Once in a while a record or a checkpoint: only here does the script wait for the device. After the last
             # update task<k>.pt follows at once, so a checkpoint is only for a stop.
             done = u + 1
-            recording = done % every == 0 or done == n
-            saving = run.save_due(args.save_every, done) and (done < n or run.signals)
+            recording = done % every == 0 or done == end
+            saving = run.save_due(args.save_every, done) and (done < end or run.signals)
             if recording or saving:
                 run.check_finite(log[:done], LOG, model, k)
             if recording:
