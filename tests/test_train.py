@@ -445,46 +445,6 @@ for flag in "--no-compile", "--compile":
             assert one[key] == pytest.approx(two[key], rel=0.02, abs=1e-4)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("name, more", [
-    ("train_gr.py", []), ("train_gd.py", []), ("train_gd.py", ["--distill", "noise"]),
-    ("train_gd.py", ["--distill", "current"]), ("train_gr.py", ["--replay", "buffer", "--buffer-size", "100"])])
-def test_cuda_graphs_follow_what_runs_kernel_by_kernel(script, tmp_path, name, more):
-    """In fp32, with a short batch in each epoch; and the default, in bf16, does so roughly."""
-    command = [name, "--dataset", "shapes", "--scale", "laptop", "--batch-size", "960", "--device", "cuda",
-               "--iterations", "12", "--tasks", "2", *more]
-    for out, flags in (("plain", ["--precision", "fp32", "--no-compile"]), ("graph", ["--precision", "fp32"]),
-                       ("default", [])):
-        done = script(*command, *flags, "--out", out, timeout=900)
-        assert done.returncode == 0, done.stderr
-    plain, graph, default = (lives(tmp_path / out) for out in ("plain", "graph", "default"))
-    for one, two, three in zip(plain, graph, default):
-        assert one["loss_new"] == pytest.approx(two["loss_new"], rel=0.02)
-        assert one["loss_new"] == pytest.approx(three["loss_new"], rel=0.1)
-        assert one["loss_replay"] == pytest.approx(two["loss_replay"], rel=0.05, abs=1e-3)
-    config = json.loads((tmp_path / "default/config.json").read_text())
-    assert (config["precision"], config["compile"]) == ("bf16", True), "of a GPU that has bf16"
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_a_run_on_cuda_goes_on(script, tmp_path):
-    """The same updates; not bitwise, as cuDNN chooses the fastest kernels of the moment."""
-    command = ["train_gd.py", *TINY[:-1], "cuda", "--tasks", "2", "--iterations", "20", "--draw-ahead", "8",
-               "--save-every", "7", "--precision", "fp32"]
-    assert script(*command, "--out", "unbroken", timeout=900).returncode == 0
-    process = start(tmp_path, *command, "--out", "broken")
-    try:
-        wait_for(tmp_path / "broken", 2, 9)
-    finally:
-        process.kill()
-        process.communicate(timeout=60)
-    assert script(*command, "--out", "broken", timeout=900).returncode == 0
-    for one, two in zip(lives(tmp_path / "unbroken"), lives(tmp_path / "broken")):
-        assert (one["task"], one["update"]) == (two["task"], two["update"])
-        for key in ("loss_new", "loss_replay"):
-            assert one[key] == pytest.approx(two[key], rel=0.02, abs=1e-4)
-
-
 # ---------------------------------------------------------------------------- the paper's networks, every preset
 
 def imagenet_files(folder):
