@@ -377,7 +377,7 @@ def test_bad_runs(main, tmp_path, fake):
     (folder / "task2.pt").unlink()
     refused(main, "not finished, task2.pt is missing", "run", *QUICK)
     config = json.loads((folder / "config.json").read_text())
-    for bad, sentence in (("{", "is no whole run folder"), ("[]", "is no whole run folder"), ("{}", "is no whole run folder"),
+    for bad, sentence in (*((text, "is no whole run folder") for text in ("{", "[]", "{}")),
                           (json.dumps(dict(config, unet="mine")), "add what is new to NETS"),
                           (json.dumps(dict(config, scale="mine")), "PRESETS of train_classifier.py")):
         (folder / "config.json").write_text(bad)
