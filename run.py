@@ -74,6 +74,9 @@ def main(function):
         sentence = f"error: {error}"
     except torch.OutOfMemoryError:
         sentence = "error: out of device memory; lower --batch-size or use --precision bf16"
+    except BrokenPipeError:  # what it said went to a `head` that has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)  # SIGPIPE
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOENT):
             raise
@@ -498,13 +501,13 @@ def check_writable(path):
         raise InputError(f"cannot write {path} ({error.strerror}): choose another place or mend it") from error
 
 
-def load(path):
-    """torch.load to the CPU of tensors and plain values alone, every byte checked against the file's checksums."""
+def load(path, device="cpu"):
+    """torch.load of tensors and plain values alone, every byte checked against the file's checksums."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load would not notice a flipped bit
         if not damaged:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location=device, weights_only=True)
         reason = f"{damaged} fails its checksum"
     except FileNotFoundError as error:
         raise InputError(f"there is no file {path}") from error
@@ -595,8 +598,8 @@ def finish(folder):
     print(f"{folder} is finished (--restart does it again); next: python eval_fid.py {shlex.quote(str(folder))}")
 
 
-def latest(folder, tasks):
-    """The newest whole state of a run, None if there is none.
+def latest(folder, tasks, device="cpu"):
+    """The newest whole state of a run, its tensors on `device`; None if there is none.
 
     It is all that the newest checkpoint holds, or all that task<k>.pt holds, but with "task" k + 1 and "update" 0.
     Damaged files are set aside, so that no later save puts them in the place of a good one.
@@ -610,7 +613,7 @@ def latest(folder, tasks):
         checkpoints = []
     for path in [*checkpoints, *(folder / f"task{k}.pt" for k in range(newest, 0, -1))]:
         try:
-            found = load(path)
+            found = load(path, device)
         except InputError as error:
             damaged.append((path, error))
             continue

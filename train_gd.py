@@ -42,7 +42,8 @@ LAPTOP = dict(SMALL, length=("iterations", [600, 150]), lr=2e-3,
 GREY = {"paper": PAPER, "small": SMALL, "laptop": LAPTOP}
 COLOUR = {"paper": CIFAR, "small": dict(SMALL, unet="laptop-rgb", flip=True),
           "laptop": dict(LAPTOP, unet="laptop-rgb", flip=True)}
-PRESETS = {  # the paper's runs (Sections 4 and A.1), the same in miniature, and a minute and a half on a laptop
+PRESETS = {  # the paper's runs (Sections 4 and A.1), the same in miniature, and a minute and a half on a laptop. Of a
+    # length with several values, one a task, the last repeats.
     "fashion-mnist": GREY, "shapes": GREY, "cifar10": COLOUR, "cifar100": COLOUR,
     "imagenet100": COLOUR | {"paper": dict(CIFAR, image_size=64)},
 }
@@ -72,7 +73,7 @@ def get_args(argv=None):
     add("--schedule", choices=["zero-snr", "linear"], help="noise schedule (default: zero-snr, as the released runs)")
     run.add_arguments(parser, scales=list(GREY))
 
-    # The preset becomes the defaults of the parser, so that the command line wins.
+    # A first look finds the preset. It becomes the defaults of the parser, so that the command line wins.
     first, _ = parser.parse_known_args(argv)
     info = data.info(first.dataset, first.data_dir)
     preset = dict(PRESETS[info.like][first.scale])
@@ -95,8 +96,7 @@ def get_args(argv=None):
 
     args.class_tasks = data.class_tasks(len(info.classes), args.tasks, args.class_order, args.seed)
     args.method, args.title = METHODS[args.source]
-    count = args.teacher_steps
-    args.base = f"{args.method}-{count}" if count else args.method
+    args.base = args.method + (f"-{args.teacher_steps}" if args.teacher_steps else "")
     run.describe(args, parser, info, preset, departs)
     return args
 
@@ -173,7 +173,7 @@ def batches(args, prev, abar, autocast, index, shape, k, begin, end):
 
 def main(argv=None):
     args = get_args(argv)
-    device, autocast = run.start(args)
+    device, autocast = run.start(args)  # and what --precision auto and --compile are on this device
 
     # Data: one uint8 tensor on the device; a batch is an index into it.
     images, labels = (x.to(device) for x in data.load_images(args.dataset, "train", args.data_dir, args.image_size))
@@ -188,7 +188,7 @@ def main(argv=None):
         run.load_weights(model, args.init)
     model.to(device)
     prev = copy.deepcopy(model).eval().requires_grad_(False)  # the model of task k-1, one module for the whole run
-    held = 2  # networks that the method needs
+    held = 2  # networks: the model and prev
     config = dict(vars(args), updates=updates, parameters=held * sum(p.numel() for p in model.parameters()),
                   preset_updates=run.count_updates(args.preset["length"], args.preset["batch_size"], sizes))
     folder = run.open_folder(config)
@@ -197,7 +197,7 @@ def main(argv=None):
             net.compile(fullgraph=True, dynamic=False)
     graphs = args.compile and device.type == "cuda" and run.world == 1
     abar = alpha_bar(args.schedule).to(device)
-    state = run.latest(folder, args.tasks) or {"task": 1, "update": 0, "model": model.state_dict(), "memory": {}}
+    state = run.latest(folder, args.tasks, device) or {"task": 1, "update": 0, "model": model.state_dict(), "memory": {}}
     model.load_state_dict(state["model"])
     memory = state["memory"]  # what the method keeps of old tasks beside the model, such as a buffer
     progress = run.Progress(folder, state, updates, device)
@@ -227,7 +227,7 @@ def main(argv=None):
             loss.backward()
             means = run.average(model, [loss, loss_new, loss_replay])
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            run.skip_if_broken(optimizer, norm)
+            run.skip_if_broken(optimizer, norm)  # then the next step changes nothing
             optimizer.step()
             return torch.cat([means, norm[None]])
 

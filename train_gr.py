@@ -42,7 +42,8 @@ LAPTOP = dict(SMALL, length=("iterations", [600, 150]), lr=2e-3,
 GREY = {"paper": PAPER, "small": SMALL, "laptop": LAPTOP}
 COLOUR = {"paper": CIFAR, "small": dict(SMALL, unet="laptop-rgb", flip=True),
           "laptop": dict(LAPTOP, unet="laptop-rgb", flip=True)}
-PRESETS = {  # the paper's runs (Sections 4 and A.1), the same in miniature, and a minute and a half on a laptop
+PRESETS = {  # the paper's runs (Sections 4 and A.1), the same in miniature, and a minute and a half on a laptop. Of a
+    # length with several values, one a task, the last repeats.
     "fashion-mnist": GREY, "shapes": GREY, "cifar10": COLOUR, "cifar100": COLOUR,
     "imagenet100": COLOUR | {"paper": dict(CIFAR, image_size=64)},
 }
@@ -72,7 +73,7 @@ def get_args(argv=None):
     add("--schedule", choices=["zero-snr", "linear"], help="noise schedule (default: zero-snr, as the released runs)")
     run.add_arguments(parser, scales=list(GREY))
 
-    # The preset becomes the defaults of the parser, so that the command line wins.
+    # A first look finds the preset. It becomes the defaults of the parser, so that the command line wins.
     first, _ = parser.parse_known_args(argv)
     info = data.info(first.dataset, first.data_dir)
     preset = dict(PRESETS[info.like][first.scale])
@@ -174,7 +175,7 @@ def batches(args, prev, abar, autocast, index, shape, k, begin, end):
 
 def main(argv=None):
     args = get_args(argv)
-    device, autocast = run.start(args)
+    device, autocast = run.start(args)  # and what --precision auto and --compile are on this device
 
     # Data: one uint8 tensor on the device; a batch is an index into it.
     images, labels = (x.to(device) for x in data.load_images(args.dataset, "train", args.data_dir, args.image_size))
@@ -200,7 +201,7 @@ def main(argv=None):
             net.compile(fullgraph=True, dynamic=False)
     graphs = args.compile and device.type == "cuda" and run.world == 1
     abar = alpha_bar(args.schedule).to(device)
-    state = run.latest(folder, args.tasks) or {"task": 1, "update": 0, "model": model.state_dict(), "memory": {}}
+    state = run.latest(folder, args.tasks, device) or {"task": 1, "update": 0, "model": model.state_dict(), "memory": {}}
     model.load_state_dict(state["model"])
     memory = state["memory"]  # what the method keeps of old tasks beside the model, such as a buffer
     progress = run.Progress(folder, state, updates, device)
@@ -209,7 +210,7 @@ def main(argv=None):
         index, end, every = of_task[k - 1], updates[k - 1], max(1, min(50, updates[k - 1] // 20))
         replaying = k > 1 and args.source in ("generated", "buffer")
         part_new = 1 / k if replaying else 1.0  # of the loss
-        kept = torch.cat(memory["buffer"]).to(device) if replaying and args.source == "buffer" else None
+        kept = torch.cat(memory["buffer"]) if replaying and args.source == "buffer" else None
         # DEVIATION: as in the released runs, and unsaid in the paper, Adam starts afresh with every task and the norm
         # of the gradient is clipped at 1.
         optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=device.type != "mps", capturable=graphs)
@@ -231,7 +232,7 @@ def main(argv=None):
             loss.backward()
             means = run.average(model, [loss, loss_new, loss_replay])
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            run.skip_if_broken(optimizer, norm)
+            run.skip_if_broken(optimizer, norm)  # then the next step changes nothing
             optimizer.step()
             return torch.cat([means, norm[None]])
 
@@ -264,7 +265,7 @@ def main(argv=None):
         run.save_picture(folder / "samples" / f"task{k}.png", data.quantize(x_0), columns=8)
         if args.source == "buffer":  # from now on of every task the first floor(size / k) images in a random order
             reseed(args.seed, "buffer", k)
-            new = images[index[torch.randperm(len(index), device=device)[:args.buffer_size]]].cpu()
+            new = images[index[torch.randperm(len(index), device=device)[:args.buffer_size]]]
             memory["buffer"] = [some[:args.buffer_size // k] for some in [*memory.get("buffer", []), new]]
         run.save(folder / f"task{k}.pt", {"task": k, "model": model.state_dict(), "memory": memory, "config": config})
         state = {"update": 0}

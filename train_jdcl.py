@@ -95,7 +95,7 @@ def get_args(argv=None):
     add("--eval-every", type=run.positive(int), help="updates between two accuracies (paper: 500)")
     run.add_arguments(parser, scales=list(GREY))
 
-    # The preset becomes the defaults of the parser, so that the command line wins.
+    # A first look finds the preset. It becomes the defaults of the parser, so that the command line wins.
     first, _ = parser.parse_known_args(argv)
     info = data.info(first.dataset, first.data_dir)
     preset = dict(PRESETS[info.like][first.scale])
