@@ -96,7 +96,8 @@ def get_args(argv=None):
 
     args.class_tasks = data.class_tasks(len(info.classes), args.tasks, args.class_order, args.seed)
     args.method, args.title = METHODS[args.source]
-    args.base = args.method + (f"-{args.teacher_steps}" if args.teacher_steps else "")
+    count = args.teacher_steps
+    args.base = f"{args.method}-{count}" if count else args.method
     run.describe(args, parser, info, preset, departs)
     return args
 
