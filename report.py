@@ -467,7 +467,7 @@ def grid(title, heads, rows):
     columns = [i for i in range(len(heads)) if any(line[i] is not None for line in rows.values())]
     if not rows:
         return None
-    figure = Figure(figsize=(1.6 + 2.8 * len(columns), 1 + 2.9 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(max(7, 1.6 + 2.8 * len(columns)), 1 + 2.9 * len(rows)), layout="constrained")
     for axes, (label, line) in zip(figure.subplots(len(rows), len(columns), squeeze=False), rows.items()):
         axes[0].set_ylabel(textwrap.fill(label, 16), rotation=0, ha="right", va="center", size=11)
         for cell, i in zip(axes, columns):

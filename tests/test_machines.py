@@ -152,3 +152,13 @@ def test_what_is_wrong_with_a_file_of_weights_is_said(main, tmp_path, file, sent
     done = main("train_gr.py", *TINY, "--out", "second", "--init", file)
     assert done.returncode == 2 and sentence in done.stderr and file in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "second").exists()
+
+
+def test_a_reader_that_has_read_enough_ends_a_script_in_silence(tmp_path):
+    """As `| head -1` does."""
+    code = "import run, time; run.main(lambda: [print('x', flush=True) or time.sleep(0.01) for _ in range(500)])"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 141
