@@ -120,9 +120,9 @@ INTRODUCTION = """# Results
 Ours are mean ± standard error (sample standard deviation / √n) over n seeds, and (n). A dash was not measured, or is
 not in the paper. Beside the paper's values stands what is not as in the paper; its ACC are with `--replay-loss
 reversed`. Shortened runs compare with nothing in the paper. frd is not FID: its features are another network's. ms are
-means over the last 1000 updates; the paper's are ± standard deviation, of a GeForce 1080 Ti. Parameters are those of all
-networks that a method trains with. JDCL's values are from a third party's notes and unverified, but for 83.69 and 64.47,
-which a second source has too; ? is unknown.
+means over the last 1000 updates; the paper's are ± standard deviation, of a GeForce 1080 Ti. Parameters are those of
+all networks that a method trains with. JDCL's values are from a third party's notes and unverified, but for 83.69 and
+64.47, which a second source has too; ? is unknown.
 
 """
 METRICS = {  # header and decimals; beside the papers' values ours have as many decimals as they

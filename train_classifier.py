@@ -275,7 +275,7 @@ def main(argv=None):
             run.load_weights(generator, files[k - 2])
         if replaying and args.pool:
             reseed(args.seed, "classifier", "pool", k)
-            pool = torch.cat([draw(BATCH) for _ in range(math.ceil(args.pool / BATCH))])
+            pool = torch.cat([draw(BATCH) for _ in range(math.ceil(args.pool / BATCH))])[:args.pool]
 
         for u in tqdm(range(updates[k - 1]), desc=f"task {k}/{tasks}", disable=None, leave=False):
             epoch, b = divmod(u, epoch_length)

@@ -201,7 +201,8 @@ def main(argv=None):
             net.compile(fullgraph=True, dynamic=False)
     graphs = args.compile and device.type == "cuda" and run.world == 1
     abar = alpha_bar(args.schedule).to(device)
-    state = run.latest(folder, args.tasks, device) or {"task": 1, "update": 0, "model": model.state_dict(), "memory": {}}
+    state = run.latest(folder, args.tasks, device) or {
+        "task": 1, "update": 0, "model": model.state_dict(), "memory": {}}
     model.load_state_dict(state["model"])
     memory = state["memory"]  # what the method keeps of old tasks beside the model, such as a buffer
     progress = run.Progress(folder, state, updates, device)

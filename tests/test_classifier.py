@@ -249,7 +249,7 @@ def test_a_run_by_subprocess_and_again_and_with_other_settings(script, main, fak
 @pytest.mark.parametrize("pool", [0, 200])
 def test_a_run_written_out_by_hand(fake, pool):
     """Weights 1/k and 1 - 1/k, the models of task k-1, Adam afresh, each draw from its stream, mirrored images: all of
-    a tiny run again as the paper tells it, and with replay out of a pool of two batches. Its last losses tell whether
+    a tiny run again as the paper tells it, and with replay out of a pool of 200 images. Its last losses tell whether
     the updates before were the same."""
     folder, last = fake(flip=True), []
     images, labels = data.load_images("shapes", "train", "data", 16)
@@ -272,7 +272,7 @@ def test_a_run_written_out_by_hand(fake, pool):
             x = torch.where(torch.rand(128, 1, 1, 1) < 0.5, x.flip(3), x)
             x_r = x[:0]
             if k == 2:
-                x_r = drawn[torch.randint(256, (128,))] if pool else sample(
+                x_r = drawn[torch.randint(200, (128,))] if pool else sample(
                     generator, torch.randn(128, 1, 16, 16), alpha_bar(), 2)
             p, p_r = model(torch.cat([x, x_r])).split([128, len(x_r)])
             new = -p.log_softmax(1)[range(128), y].mean()
