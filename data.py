@@ -474,8 +474,8 @@ OPS = {
 
 
 def mirrored(u8, flip):
-    """Each image of u8 (B, C, side, side) mirrored with p = 1/2 if `flip`."""
-    return torch.where(torch.rand(len(u8), 1, 1, 1, device=u8.device) < flip / 2, u8.flip(3), u8)
+    """Each image of u8 (B, C, side, side) mirrored left to right with p = 1/2 if `flip`."""
+    return torch.where(torch.rand(len(u8), 1, 1, 1, device=u8.device) < 0.5, u8.flip(3), u8) if flip else u8
 
 
 def diffusion_view(u8, flip, smallest):

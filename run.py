@@ -419,12 +419,7 @@ def hold(folder):
 
 def compare(folder, config):
     """Refuse a folder whose config.json differs from `config`; say what of the machine is another than at its start."""
-    try:
-        before = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if not isinstance(before, dict):
-            raise ValueError("it holds no settings")
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{folder}/config.json is damaged; choose another --out or use --restart") from error
+    before = read_config(folder, [])
     way_out = "choose another --out, or --restart to delete it"
     if before.get("format") != FORMAT:
         raise InputError(f"{folder} holds a run of another version of this program; {way_out}")
@@ -441,10 +436,11 @@ def compare(folder, config):
 def read_config(folder, keys):
     """The config.json of a run folder, a dict that has at least these keys."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = {**json.loads((folder / "config.json").read_text(encoding="utf-8"))}
         [config[key] for key in keys]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder} is no whole run folder ({error} in its config.json): give another") from error
+        raise InputError(f"{folder}/config.json is damaged or lacks {error}: give another run, or train it again with "
+                         "--restart") from error
     return config
 
 

@@ -143,12 +143,6 @@ def classifier(channels, classes):
         nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Dropout(0.25), nn.Linear(128, classes))  # -> (B, 128) -> (B, classes)
 
 
-def to_x_0(u8, flip):
-    """uint8 (B, C, H, W) -> x_0 in [-1, 1], mirrored left to right with probability 1/2 if `flip`."""
-    x_0 = data.normalize(u8)
-    return torch.where(torch.rand(len(x_0), 1, 1, 1, device=x_0.device) < 0.5, x_0.flip(3), x_0) if flip else x_0
-
-
 def distillation(logits_r, prev_logits_r, form="paper"):
     """R^2 H(q, p_r) = -R^2 mean_B sum_c q_c log p_r_c   (Equation 12), a scalar; both logits (B, classes).
 
@@ -284,7 +278,7 @@ def main(argv=None):
                 order = index[torch.randperm(len(index)).to(device)]
             reseed(args.seed, "classifier", k, u)
             i = order[b * BATCH:(b + 1) * BATCH]
-            x_0, y = to_x_0(images[i], args.flip), labels[i]
+            x_0, y = data.normalize(data.mirrored(images[i], args.flip)), labels[i]
             x_r = None
             if replaying:
                 x_r = pool[torch.randint(len(pool), (len(i),), device=device)] if args.pool else draw(len(i))

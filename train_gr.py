@@ -117,18 +117,13 @@ def diffuse(x_0, abar):
     return [run.share(x) for x in (q_sample(x_0, t, eps, abar), t, eps)]
 
 
-def to_x_0(u8, flip):
-    """uint8 (B, C, H, W) -> x_0 in [-1, 1], mirrored left to right with probability 1/2 if `flip`."""
-    x_0 = data.normalize(u8)
-    return torch.where(torch.rand(len(x_0), 1, 1, 1, device=x_0.device) < 0.5, x_0.flip(3), x_0) if flip else x_0
-
-
 @torch.no_grad()
 def replay(args, x_r, x_0, kept, abar):
     """The replayed half of a batch: noisy images x_r_t (B, C, H, W), their times t_r (B,), what to predict there."""
     # DEVIATION: the released code averages new and kept images in one mean; we follow the paper, 1/k and 1 - 1/k.
     if args.source == "buffer":
-        x_r = to_x_0(kept[torch.randperm(len(kept), device=x_0.device)[:len(x_0)]], args.flip)
+        u8 = kept[torch.randperm(len(kept), device=x_0.device)[:len(x_0)]]
+        x_r = data.normalize(data.mirrored(u8, args.flip))
     x_r_t, t_r, eps_r = diffuse(x_r, abar)
     target_r = eps_r                                    # GR: the noise that was added
     return x_r_t, t_r, target_r
@@ -223,7 +218,7 @@ def main(argv=None):
 
         def learn(i, x_r=None):
             """Learn from images[i], i (B,), and the replayed x_r (B, C, H, W): a row of the log, (len(LOG),)."""
-            x_0 = to_x_0(images[i], args.flip)
+            x_0 = data.normalize(data.mirrored(images[i], args.flip))
             with autocast:
                 x_t, t, eps = diffuse(x_0, abar)
                 replayed = replay(args, x_r, x_0, kept, abar) if replaying else None

@@ -288,32 +288,20 @@ def misfit(name, channels, side):
         return f"--image-size {side} must be a multiple of {factor} for --unet {name}"
 
 
-def cost(name, classes=0):
-    """(side, parameters, of them the head's, FLOP of an image's forward pass, FLOP of its classification).
+def cost(name):
+    """(side, parameters, FLOP of an image's forward pass) of a net without a head.
 
     2 FLOP per multiply-add, of convolutions and matrix products alone.
     """
-    with torch.device("meta"):
-        model = UNet(**NETS[name], classes=classes)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model = UNet(**NETS[name])
         side = 64 if name == "jdcl-imagenet100" else 4 * model.factor               # every other net ends at 4x4
-        x, head, flop = torch.empty(1, model.in_channels, side, side), 0, [0, 0]
-        with FlopCounterMode(display=False) as counter:
-            model(x, torch.zeros(1, dtype=torch.int64))
-        flop[0] = counter.get_total_flops()
-        if classes:
-            head = sum(p.numel() for p in model.head.parameters())
-            with FlopCounterMode(display=False) as counter:
-                model.classify(x)
-            flop[1] = counter.get_total_flops()
-    return side, sum(p.numel() for p in model.parameters()) - head, head, *flop
+        model(torch.empty(1, model.in_channels, side, side), torch.zeros(1, dtype=torch.int64))
+    return side, sum(p.numel() for p in model.parameters()), counter.get_total_flops()
 
 
 if __name__ == "__main__":
-    print(f"{'net':<20}{'resolution':>10}{'parameters':>14}{'GFLOP/image':>14}"
-          f"{'classes':>10}{'head':>14}{'GFLOP to classify':>20}")
-    several = {"jdcl-cifar": (10, 100), "jdcl-imagenet100": (100,)}
-    for name, net in NETS.items():
-        for classes in several.get(name, (10,)) if "hidden" in net else (0,):
-            side, parameters, head, flop, flop_classify = cost(name, classes)
-            print(f"{name:<20}{f'{side}x{side}':>10}{parameters:>14,}{flop / 1e9:>14.2f}"
-                  + (f"{classes:>10}{head:>14,}{flop_classify / 1e9:>20.2f}" if classes else ""))
+    print(f"{'net':<20}{'resolution':>10}{'parameters':>14}{'GFLOP/image':>14}")
+    for name in NETS:
+        side, parameters, flop = cost(name)
+        print(f"{name:<20}{f'{side}x{side}':>10}{parameters:>14,}{flop / 1e9:>14.2f}")

@@ -88,7 +88,7 @@ def groups(scale, cuda):
         passes, *script = {"finetune": (3, "train_gr", "--replay", "none"),  # forward, and a backward one is two
                            "gr": (6 + S, "train_gr"), "gd": (7 + S, "train_gd")}[method]
         name = f"{label.format(dataset)} {method}"
-        found = partial(row, setting=setting, batch=B, passes=passes, flop=passes * cost(net)[3])
+        found = partial(row, setting=setting, batch=B, passes=passes, flop=passes * cost(net)[2])
         if peer:
             return dict(kind="peer", net=net, batch=B, steps=S, setting=peers[setting], method=method,
                         rows=[found(f"{name} {peers[setting]}, diffusers")])
@@ -112,10 +112,11 @@ def groups(scale, cuda):
         """A job of two rows, an update of stage 1 and one of stage 2."""
         preset = train_jdcl.PRESETS[dataset][scale]
         net, B = preset["unet"], preset["batch_size"]
-        flop = sum(cost(net, 10)[3:])  # of an image that is denoised and classified
+        image = NETS[net]["in_channels"], *[cost(net)[0]] * 2
+        classify = lambda: UNet(**NETS[net], classes=10).classify  # noqa: E731
         if flags:
-            image = NETS[net]["in_channels"], *[cost(net)[0]] * 2
-            flop = cost(net)[3] + count_flop(partial(resnet18, image[0], 10, 16 if image[1] < 32 else 64), image)
+            classify = partial(resnet18, image[0], 10, 16 if image[1] < 32 else 64)
+        flop = cost(net)[2] + count_flop(classify, image)  # of an image that is denoised and classified
         length = "--local-iterations 1,{n} --global-iterations {n} --eval-every {n} --classifier-start 0".split()
         rows = [row(f"{label.format(dataset)} jdcl{variant} {stage} {best}", best, B, 2 * n, n * flop, stage=stage)
                 for stage, n in (("local", 3), ("global", 4))]

@@ -20,7 +20,7 @@ import run
 import train_classifier
 import train_gr
 from ddim import alpha_bar, eval_mode, reseed, sample
-from train_classifier import R, classifier, count_correct, distillation, get_args, losses, summary, to_x_0
+from train_classifier import R, classifier, count_correct, distillation, get_args, losses, summary
 from unet import NETS, UNet
 
 QUICK = ["--iterations", "3,2", "--device", "cpu"]
@@ -152,7 +152,7 @@ def test_equation_12_is_at_rest_where_student_is_teacher_and_the_reversed_form_i
 def test_losses_are_of_separate_halves_and_the_teacher_stays_as_it_was():
     reseed("nets")
     model, prev = classifier(1, 10).eval(), classifier(1, 10).eval()
-    x_0, x_r = to_x_0(images_of(), False), torch.rand(3, 1, 16, 16) * 2 - 1
+    x_0, x_r = data.normalize(images_of()), torch.rand(3, 1, 16, 16) * 2 - 1
     y, before = torch.tensor([0, 1, 2, 3, 4, 9]), copy.deepcopy(prev.state_dict())
     for form in ("paper", "reversed"):
         new, old = losses(model, prev, x_0, y, x_r, form)
@@ -163,15 +163,6 @@ def test_losses_are_of_separate_halves_and_the_teacher_stays_as_it_was():
     assert all(torch.equal(v, before[key]) for key, v in prev.state_dict().items())
     new, old = losses(model, prev, x_0, y, None)
     assert old == 0 and new > 0
-
-
-def test_flip_mirrors_and_pixels_lie_in_minus_1_to_1():
-    u8 = torch.arange(16, dtype=torch.uint8).view(1, 1, 4, 4).expand(400, -1, -1, -1) * 17
-    straight = to_x_0(u8, False)
-    assert straight.min() == -1 and straight.max() == 1
-    reseed("test")
-    mirrored = (to_x_0(u8, True) == straight.flip(3)).flatten(1).all(1)
-    assert 150 < mirrored.sum() < 250
 
 
 # -------------------------------------------------------------------------------------------------- accuracy
@@ -377,7 +368,7 @@ def test_bad_runs(main, tmp_path, fake):
     (folder / "task2.pt").unlink()
     refused(main, "not finished, task2.pt is missing", "run", *QUICK)
     config = json.loads((folder / "config.json").read_text())
-    for bad, sentence in (*((text, "is no whole run folder") for text in ("{", "[]", "{}")),
+    for bad, sentence in (*((text, "config.json is damaged") for text in ("{", "[]", "{}")),
                           (json.dumps(dict(config, unet="mine")), "add what is new to NETS"),
                           (json.dumps(dict(config, scale="mine")), "PRESETS of train_classifier.py")):
         (folder / "config.json").write_text(bad)

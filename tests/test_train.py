@@ -196,16 +196,6 @@ def test_the_buffer_has_equal_shares_and_what_was_discarded_never_comes_back(mai
         before = buffer
 
 
-def test_flip_mirrors_half_of_the_images():
-    u8 = torch.arange(16, dtype=torch.uint8).view(1, 1, 4, 4).expand(1000, -1, -1, -1)
-    reseed("test")
-    x_0 = train_gr.to_x_0(u8, True)
-    straight = data.normalize(u8)
-    mirrored = (x_0 == straight.flip(3)).flatten(1).all(1)
-    assert ((x_0 == straight).flatten(1).all(1) ^ mirrored).all() and 400 < mirrored.sum() < 600
-    assert_close(train_gr.to_x_0(u8, False), straight, rtol=0, atol=0)
-
-
 # ------------------------------------------------------------------------------------------------------ devices
 
 @pytest.mark.parametrize("name, index", [("auto", 0), ("cuda", 0), ("cuda:0", 0), ("cuda:2", 2)])
