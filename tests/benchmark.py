@@ -342,7 +342,7 @@ def main(folder):
     seconds = sum(2 * (10 + len(job["rows"]) * args.seconds) + 60 * ("compile" in job["rows"][0]["name"])
                   for jobs in planned for job in jobs)
     print(f"{len(rows)} rows in this order, about {seconds / 60:.0f} minutes"
-          + f", but none begins after {args.minutes:g}" * bool(args.minutes) + ":")
+          + (f", but none begins after {args.minutes:g}:" if args.minutes else ":"))
     print(*(f"  {row['name']}" for row in rows), sep="\n")
     if not cuda:
         print("Left out are recorded graphs, compiled code and TF32, which need CUDA.")

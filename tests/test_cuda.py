@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import benchmark
 import pytest
 import torch
 import torch.nn.functional as F
@@ -317,6 +318,20 @@ def end(folder):
 
 def weights(folder):
     return [torch.load(f"{folder}/task{k}.pt", weights_only=True)["model"] for k in (1, 2)]
+
+
+@pytest.mark.parametrize("more", [[], ["--minutes", "9"], ["--rows", "*jdcl*", "fid*", "--scale", "paper"]])
+def test_the_benchmark_says_its_plan_and_measures_it(monkeypatch, capsys, tmp_path, more):
+    """On a CPU. What its jobs would find is made up."""
+    monkeypatch.setattr(benchmark, "work", lambda folder, job: [
+        dict(rate=1e12) if job["kind"] == "rates" else dict(records=[dict(n=3, ms=5., mb=9)]) for row in job["rows"]])
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--device", "cpu", "--out", f"{tmp_path}/speed.json", *more])
+    benchmark.main(tmp_path)
+    plan, table = capsys.readouterr().out.split("\n\n")[0::2]
+    rows = [line.strip() for line in plan.splitlines() if line[:2] == "  "]
+    assert rows and [line.split(" | ")[0][2:] for line in table.splitlines()[2:]] == rows
+    found = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert [(row["name"], row["updates"], row["mean"]) for row in found] == [(name, 6, 5.0) for name in rows]
 
 
 # ------------------------------------------------------------------------------------------- a GPU that is there
