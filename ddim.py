@@ -20,6 +20,8 @@ import torch
 from torch import nn
 
 T = 1000  # diffusion steps
+# What improved PNDM makes of the last 1, 2, 3 and 4 eps: the coefficients of Adams and Bashforth.
+IPNDM = (1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24)
 
 
 def reseed(*key):
@@ -67,16 +69,20 @@ def timesteps(steps):
     return [round(T - j * T / steps) - 1 for j in range(steps)]
 
 
-def predict(model, x_t, t, abar, clip):
-    """eps = model(x_t, t) and x_0 = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t), in [-1, 1] if `clip`; t is one int."""
-    eps = model(x_t, torch.full((len(x_t),), t, device=x_t.device)).float()
+def predict(model, x_t, t):
+    """eps = model(x_t, t), float32; t is one int for all images."""
+    return model(x_t, torch.full((len(x_t),), t, device=x_t.device)).float()
+
+
+def denoise(x_t, eps, t, abar, clip):
+    """x_0 = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t), in [-1, 1] if `clip`; t is one int."""
     # DEVIATION: 1e-8 is in the released runs, not in the paper: abar_999 is 0, and there x_0 becomes sign(x_t - eps).
     x_0 = (x_t - (1 - abar[t]).sqrt() * eps) / (abar[t] + 1e-8).sqrt()
-    return eps, x_0.clamp(-1, 1) if clip else x_0
+    return x_0.clamp(-1, 1) if clip else x_0
 
 
 @torch.no_grad()
-def sample(model, x_T, abar, steps, eta=0.0, clip=True):
+def sample(model, x_T, abar, steps, eta=0.0, clip=True, first="network", solver="ddim"):
     """DDIM (Song et al., arXiv 2010.02502v4, Equation 12): x_T (B, C, H, W) ~ N(0, I) -> x_0, in [-1, 1] if `clip`.
 
         x <- sqrt(abar_s) x_0 + sqrt(1 - abar_s - sigma^2) eps + sigma z
@@ -84,12 +90,20 @@ def sample(model, x_T, abar, steps, eta=0.0, clip=True):
 
     where s is the time after t in `timesteps(steps)`, the clean image after the last. eta = 0 draws no noise, eta = 1
     is ancestral sampling; eps is not recomputed from the clipped x_0. The model is in eval mode, without gradients.
+
+    first="analytic"  one more step, the first, does without the model: x_T is noise alone, so eps = x_T and x_0 = 0
+    solver="ipndm"    eps is extrapolated from the last four: improved PNDM (Zhang and Chen, arXiv 2204.13902)
     """
-    taus = timesteps(steps) + [-1]
+    taus, history = timesteps(steps + (first == "analytic")) + [-1], []
     with eval_mode(model):
         x = x_T
         for t, s in zip(taus[:-1], taus[1:]):
-            eps, x_0 = predict(model, x, t, abar, clip)
+            analytic = first == "analytic" and t == T - 1
+            eps = x if analytic else predict(model, x, t)
+            if solver == "ipndm":
+                history = [eps, *history[:3]]
+                eps = sum(a * e for a, e in zip(IPNDM[len(history) - 1], history))
+            x_0 = torch.zeros_like(x) if analytic else denoise(x, eps, t, abar, clip)
             sigma = eta * ((1 - abar[s]) / (1 - abar[t]) * (1 - abar[t] / abar[s])).sqrt()
             x = abar[s].sqrt() * x_0 + (1 - abar[s] - sigma**2).clamp(min=0).sqrt() * eps
             if eta > 0:
@@ -110,7 +124,7 @@ def ddpm_sample(model, x_T, abar, clip=True):
     with eval_mode(model):
         x = x_T
         for t in range(T - 1, -1, -1):
-            _, x_0 = predict(model, x, t, abar, clip)
+            x_0 = denoise(x, predict(model, x, t), t, abar, clip)
             alpha = abar[t] / abar[t - 1]  # abar[-1] = 1 makes this right at t = 0 too
             mean = abar[t - 1].sqrt() * (1 - alpha) * x_0 + alpha.sqrt() * (1 - abar[t - 1]) * x
             x = mean / (1 - abar[t])

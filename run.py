@@ -188,7 +188,7 @@ def run_name(base, departs, scale):
     for key, value in departs.items():
         key, value = value if isinstance(value, tuple) else (key, value)  # ("epochs", [20.0])
         text = ",".join(map(str, value)) if isinstance(value, list) else str(value).replace("|", "-")
-        tag = text if key in ("schedule", "precision") else key + text
+        tag = text if key in ("schedule", "precision", "teacher_solver", "first_step") else key + text
         tags.append({"True": key, "False": f"no{key}"}.get(text, tag))
     tags += [scale] if scale != "paper" else []
     return "-".join([base, *(re.sub(r"[^\w.-]+", "_", tag) for tag in tags)])

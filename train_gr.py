@@ -30,7 +30,8 @@ LOG = ("loss", "loss_new", "loss_replay", "gradient_norm")
 # -------------------------------------------------------------------------------------------------- arguments
 
 PAPER = dict(class_order="random", length=("epochs", [100.0]), batch_size=128, lr=2e-4, unet="fashion-mnist",
-             image_size=32, schedule="zero-snr", flip=False, teacher_steps=2, draw_ahead=8, sample_steps=10)
+             image_size=32, schedule="zero-snr", flip=False, sample_steps=10,
+             teacher_steps=2, teacher_solver="ddim", first_step="network", draw_ahead=8)
 # DEVIATION: the paper augments nothing, its released runs mirror CIFAR's images. For evaluation on CIFAR-10, Appendix
 # A.5 of the paper first says 10 DDIM steps and then, as Section 4.2.2, 20. Here it is 20.
 CIFAR = dict(PAPER, length=("epochs", [200.0]), batch_size=64, unet="cifar10", flip=True, teacher_steps=10,
@@ -47,6 +48,7 @@ PRESETS = {  # the paper's runs (Sections 4 and A.1), the same in miniature, and
     "fashion-mnist": GREY, "shapes": GREY, "cifar10": COLOUR, "cifar100": COLOUR,
     "imagenet100": COLOUR | {"paper": dict(CIFAR, image_size=64)},
 }
+DRAWING = "teacher_steps", "teacher_solver", "first_step", "draw_ahead"  # arguments of generated replay alone
 METHODS = {"generated": ("gr", "Generative replay"), "buffer": ("er", "Experience replay"),
            "none": ("finetune", "Finetune"), "all": ("joint", "Joint")}
 
@@ -60,6 +62,8 @@ def get_args(argv=None):
         help="samples of the previous model (GR), kept images (ER), nothing (finetune), all data so far (joint)")
     add("--buffer-size", type=run.positive(int), help="images the buffer holds in total (paper: 10, 100, 1000)")
     add("--teacher-steps", type=run.positive(int, T), help="DDIM steps of the previous model (paper: 2, CIFAR-10 10)")
+    add("--teacher-solver", choices=["ddim", "ipndm"], help="paper: ddim; ipndm: of higher order (see ddim.py)")
+    add("--first-step", choices=["network", "analytic"], help="analytic: one more, without a call of the model")
     add("--draw-ahead", type=run.positive(int, 1e4), help="updates whose replay is drawn at once (paper: 8)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=run.per_task(float, "epochs"), dest="length", metavar="E",
@@ -81,13 +85,16 @@ def get_args(argv=None):
         preset["class_order"] = "random"  # images of one's own may have fewer classes than a stated order
     preset["tasks"] = data.count_tasks(first.class_order or preset["class_order"])
     if first.source != "generated":
-        preset.update(teacher_steps=None, draw_ahead=None)
+        preset.update(dict.fromkeys(DRAWING))
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
     departs = run.departures(parser, args, "source", "teacher_steps", "buffer_size")  # these are in args.base
 
-    if args.source != "generated" and (args.teacher_steps or args.draw_ahead):
-        parser.error(f"--teacher-steps and --draw-ahead do nothing with {args.source}")
+    for key in DRAWING:
+        if args.source != "generated" and getattr(args, key):
+            parser.error(f"--{key.replace('_', '-')} does nothing with {args.source}")
+    if args.first_step == "analytic" and args.teacher_steps == T:
+        parser.error(f"--first-step analytic leaves --teacher-steps {T - 1} at most")
     if args.buffer_size and args.source != "buffer":
         parser.error("--buffer-size is for --replay buffer")
     if args.source == "buffer" and (args.buffer_size or 0) < max(1, args.tasks - 1):
@@ -163,7 +170,9 @@ def batches(args, prev, abar, autocast, index, shape, k, begin, end):
             reseed(args.seed, "replay", k, u // args.draw_ahead)
             x_T = torch.randn(args.draw_ahead * args.batch_size, *shape, device=index.device)
             with autocast:
-                drawn = run.gather(sample(prev, run.share(x_T), abar, args.teacher_steps), len(x_T))
+                drawn = sample(prev, run.share(x_T), abar, args.teacher_steps, first=args.first_step,
+                               solver=args.teacher_solver)
+                drawn = run.gather(drawn, len(x_T))
             drawn = drawn.split(args.batch_size)
         yield u, i, drawn[u % args.draw_ahead][:len(i)]
 

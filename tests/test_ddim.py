@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch.testing import assert_close
 
-from ddim import T, alpha_bar, ddpm_sample, eval_mode, q_sample, reseed, sample, timesteps
+from ddim import IPNDM, T, alpha_bar, ddpm_sample, eval_mode, q_sample, reseed, sample, timesteps
 
 ZERO_SNR = {0: 0.99990, 9: 0.998094, 49: 0.970832, 99: 0.896378, 199: 0.657087, 299: 0.393434, 399: 0.192006,
             499: 0.0760287, 599: 0.0241821, 699: 6.02229e-3, 799: 1.08892e-3, 899: 1.06130e-4, 949: 1.65655e-5,
@@ -109,6 +109,44 @@ def test_ddim_of_gaussian_data_is_the_product_of_its_linear_steps():
         eps = (1 - a[t]).sqrt() * (x - a[t].sqrt() * mean) / (a[t] * var + 1 - a[t])
         x = a[s].sqrt() * (x - (1 - a[t]).sqrt() * eps) / (a[t] + 1e-8).sqrt() + (1 - a[s]).sqrt() * eps
     assert_close(sample(gaussian(mean, var, abar), x_T, abar, steps, clip=False).double(), x, rtol=1e-4, atol=1e-4)
+
+
+def error(steps, **how):
+    """How far unclipped samples of N(0.2, 0.3^2) are from the end of the ODE that they follow, known for this data."""
+    mean, sd, abar = 0.2, 0.3, alpha_bar("linear").double()
+    x_T = torch.linspace(-2, 2, 9, dtype=torch.float64).view(-1, 1, 1, 1)
+    end = mean + sd * (x_T - abar[T - 1].sqrt() * mean) / (abar[T - 1] * sd**2 + 1 - abar[T - 1]).sqrt()
+    return (sample(gaussian(mean, sd**2, abar), x_T, abar, steps, clip=False, **how) - end).norm()
+
+
+@pytest.mark.parametrize("first", ["network", "analytic"])
+def test_ddim_is_of_first_order_and_ipndm_of_second_or_more(first):
+    """Twice the steps, 1/2 of the error or at most 1/4."""
+    assert error(20, first=first) / error(40, first=first) == pytest.approx(2, abs=0.2)
+    errors = [error(steps, first=first, solver="ipndm") for steps in (10, 20, 40)]
+    assert errors[0] / errors[1] > 4 and errors[1] / errors[2] > 4 and errors[2] < 0.05 * error(40, first=first)
+
+
+def test_ipndm_extrapolates_polynomials_to_the_mean_of_the_next_step():
+    """Of s^p at s = 0, -1, -2, ... the mean over 0 .. 1 is 1 / (p + 1), exactly for p below the number of values."""
+    for n, coefficients in enumerate(IPNDM, 1):
+        for p in range(n):
+            mean = sum(a * (-s) ** p for s, a in enumerate(coefficients))
+            assert mean == pytest.approx(1 / (p + 1))
+
+
+@pytest.mark.parametrize("solver", ["ddim", "ipndm"])
+def test_an_analytic_first_step_is_that_of_an_exact_model_and_calls_none(solver):
+    abar, x_T, calls = alpha_bar("zero-snr"), torch.linspace(-2, 2, 9).view(-1, 1, 1, 1), []
+    exact = gaussian(0.2, 0.09, abar)
+
+    def model(x_t, t):
+        calls.append(int(t[0]))
+        return exact(x_t, t)
+    analytic = sample(model, x_T, abar, 2, first="analytic", solver=solver)
+    assert calls == [666, 332]
+    assert_close(analytic, sample(exact, x_T, abar, 3, solver=solver))
+    assert_close(sample(model, x_T, abar, 1, solver="ipndm"), sample(model, x_T, abar, 1))
 
 
 @pytest.mark.parametrize("sampler", ["ddim, eta 0", "ddim, eta 1", "ddpm"])

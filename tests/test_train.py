@@ -66,7 +66,9 @@ def test_class_orders_of_the_papers_seeds(run_seed, order):
     (train_gr, "--replay buffer --buffer-size 100", "er-100"),
     (train_gr, "--replay none --lr 0.001 --schedule linear", "finetune-lr0.001-linear"),
     (train_gr, "--replay all --tasks 1 --batch-size 64", "joint-batch_size64-tasks1"),
-    (train_gd, "", "gd-2"), (train_gd, "--dataset cifar10 --teacher-steps 10 --lambda 0.75", "gd-10"),
+    (train_gd, "", "gd-2"),
+    (train_gd, "--teacher-steps 5 --teacher-solver ipndm --first-step analytic", "gd-5-ipndm-analytic"),
+    (train_gd, "--dataset cifar10 --teacher-steps 10 --lambda 0.75", "gd-10"),
     (train_gd, "--lambd 0.5", "gd-2-lam0.5"), (train_gd, "--scale laptop", "gd-2-laptop"),
     (train_gd, "--distill current", "lwf"), (train_gd, "--distill noise", "noise"),
     (train_gd, "--precision bf16 --iterations 5,3", "gd-2-iterations5_3-bf16"),
@@ -342,6 +344,7 @@ def test_a_run_killed_inside_a_task_ends_bitwise_as_an_unbroken_one(main, unbrok
 @pytest.mark.parametrize("name, arguments, units", [
     ("train_gr.py", ["--replay", "none"], [3, 3, 3]), ("train_gr.py", ["--replay", "all"], [3, 3, 3]),
     ("train_gr.py", ["--teacher-steps", "4"], [3, 10, 10]), ("train_gd.py", ["--teacher-steps", "4"], [3, 11, 11]),
+    ("train_gd.py", ["--teacher-steps", "4", "--teacher-solver", "ipndm", "--first-step", "analytic"], [3, 11, 11]),
     ("train_gr.py", ["--replay", "buffer", "--buffer-size", "64"], [3, 6, 6]),
     ("train_gr.py", ["--draw-ahead", "5"], [3, 16, 16]), ("train_gd.py", ["--draw-ahead", "5"], [3, 17, 17]),
     ("train_gd.py", ["--distill", "noise"], [3, 7, 7]), ("train_gd.py", ["--distill", "current"], [3, 4, 4])])
@@ -483,6 +486,8 @@ train_gd.py --teacher-steps 1001
 train_gd.py --sample-steps 1001
 train_gd.py --teacher-steps 2.5
 train_gd.py --teacher-steps 2 --distill noise
+train_gd.py --teacher-solver ipndm --distill current
+train_gd.py --teacher-steps 1000 --first-step analytic
 train_gd.py --draw-ahead 2 --distill noise
 train_gr.py --draw-ahead 0
 train_gd.py --distill everything
@@ -527,6 +532,7 @@ train_gr.py --buffer-size 100
 train_gr.py --replay buffer --buffer-size 3
 train_gr.py --replay buffer --tasks 1
 train_gr.py --replay none --teacher-steps 2
+train_gr.py --replay none --first-step analytic
 train_gr.py --lambda 1
 train_gr.py --replay all --buffer-size 10
 train_gr.py --scale laptop --dataset shapes --init nowhere.pt --out run
