@@ -14,6 +14,8 @@ out of all classes of the dataset. One lost class of ten makes a kld of 1.5170, 
 Sampling alone makes about (classes - 1) / 2n. fid_floor and frd_floor are the distances of as many training images,
 kld_real is the kld of the test images.
 
+Of a run also `denoise`, where in the noise it forgets: |eps - model(x_t, t)|^2 on test images of task 1, by t.
+
     python eval_fid.py runs/fashion-mnist/gd-2/seed42                     every task of a run, into its eval.json
     python eval_fid.py IMAGES --reference fashion-mnist                   FID of anybody's images
     python eval_fid.py --train-resnet18 fashion-mnist                     the labeller: minutes on a GPU
@@ -51,7 +53,7 @@ from tqdm import tqdm
 
 import data
 import run
-from ddim import T, alpha_bar, reseed, sample
+from ddim import T, alpha_bar, eval_mode, q_sample, reseed, sample
 from run import InputError
 from unet import NETS, UNet, resnet18
 
@@ -503,15 +505,31 @@ def load_fid(scale, args, device):
         return None, None, str(error)
 
 
-def generate(model, c, args, device, name):
+def generate(model, c, abar, args, name):
     """c.n images of a model, floats (n, C, side, side) in [-1, 1], on the CPU."""
     x_T = torch.empty(c.n, model.in_channels, c.image_size, c.image_size)
     for i in range(c.n):
         reseed(c.seed, "eval", i)  # a stream for each image: neither batch size nor device changes it
         x_T[i] = torch.randn(x_T.shape[1:])
-    abar = alpha_bar(c.schedule).to(device)
     batches = tqdm(x_T.split(args.batch_size), desc=name, disable=None, leave=False)
-    return torch.cat([sample(model, x.to(device), abar, c.steps, clip=c.clip).clamp(-1, 1).cpu() for x in batches])
+    return torch.cat([sample(model, x.to(abar.device), abar, c.steps, clip=c.clip).clamp(-1, 1).cpu() for x in batches])
+
+
+@torch.no_grad()
+def denoising_errors(model, u8, abar, seed):
+    """The mean over images u8 (N, C, H, W) and pixels of |eps - model(x_t, t)|^2 for t in 0 .. 99, ..., 900 .. 999.
+
+    Ten floats. Of each ten each image has one t and one eps, the same for every model.
+    """
+    errors = []
+    for low in range(0, T, 100):
+        reseed(seed, "denoise", low)
+        t, eps = torch.randint(low, low + 100, (len(u8),)).to(abar.device), torch.randn(u8.shape).to(abar.device)
+        x_t = q_sample(data.normalize(u8.to(abar.device)), t, eps, abar)
+        with eval_mode(model):
+            pred = torch.cat([model(*batch) for batch in zip(x_t.split(100), t.split(100))])
+        errors.append(F.mse_loss(pred, eps).item())
+    return errors
 
 
 def evaluate(fake, real, floor, y, old, networks, head, args):
@@ -555,7 +573,8 @@ def evaluate_run(folder, args, device):
     if fid:
         networks["fid"] = fid
         warn_if_few(c.n)
-    reference_digest = data.digest(d.u8_test, d.y_test)
+    reference_digest, abar = data.digest(d.u8_test, d.y_test), alpha_bar(c.schedule).to(device)
+    of_task1 = d.u8_test[torch.isin(d.y_test, torch.tensor(c.class_tasks[0]))][:500]
     for k in tasks:
         begun, file = time.perf_counter(), folder / f"task{k}.pt"
         old, seen = (sorted(sum(c.class_tasks[:i], [])) for i in (k - 1, k))
@@ -566,13 +585,15 @@ def evaluate_run(folder, args, device):
             n=c.n, n_real=len(real), n_floor=len(pool), seed=c.seed, steps=c.steps, schedule=c.schedule,
             image_size=c.image_size, clip=c.clip, reference=f"{d.info.name}, test images of classes {seen}",
             reference_digest=reference_digest, checkpoint=sha256(file), frd=frd_about, fid=fid_about)
-        if any(r["task"] == k and protocol in (r["protocol"], {**r["protocol"], "fid": None}) for r in records):
+        if any(r["task"] == k and protocol in (r["protocol"], {**r["protocol"], "fid": None}) and "denoise" in r
+               for r in records):
             print(f"task {k}: evaluated before")
             continue
         run.load_weights(model, file)
-        fake = generate(model, c, args, device, str(file))
+        fake = generate(model, c, abar, args, str(file))
         record = evaluate(fake, d.u8_test[real], d.u8[pool], d.y_test[real], old, networks, head, args)
-        record.update(task=k, fid_missing=missing, protocol=protocol, device=str(device), versions=VERSIONS,
+        record.update(task=k, denoise=denoising_errors(model, of_task1, abar, c.seed), fid_missing=missing,
+                      protocol=protocol, device=str(device), versions=VERSIONS,
                       seconds=round(time.perf_counter() - begun, 1))
         # Dropped is the same without FID, and what is of a model that is no longer there.
         records = [r for r in records if r["task"] != k or r["protocol"] != {**protocol, "fid": None}

@@ -259,6 +259,7 @@ def make_run(record, c):
     complete        whether it may stand beside the paper's values, at `place` (row) and `column` of PAPER
     row             sorts the tables; runs with the same row are averaged
     label, usual    what figures call it, and whether the main ones show it; count: teacher steps or buffer size
+    denoise         {task: ten errors by noise, on test images of task 1}, see eval_fid.py
     curve, logits   of a model that classifies (JDCL): {update: accuracy of task 1's images}, and the histogram of the
                     largest logits, {"real" or "replayed": (shares, edges)}
     """
@@ -271,6 +272,7 @@ def make_run(record, c):
     r.complete = r.scale == "paper" and 0 < r.done == r.tasks == len(r.updates) == len(preset) and all(
         u >= p for u, p in zip(r.updates, preset))
 
+    r.denoise = {e["task"]: e["denoise"] for e in record["eval"] if "denoise" in e}
     begin = [0, *itertools.accumulate(r.updates)]
     r.curve = {begin[task - 1] + update: float(v) for task, update, v in record["metrics"].get("curve", [])}
     r.curve |= {begin[k]: float(row[0]) for k, row in enumerate(accuracy["matrix"] if accuracy else [], 1)}
@@ -525,8 +527,20 @@ def usual(figure, bases):
     return [base for base, (r, *_) in bases.items() if r.method in ROWS[figure].split(", ") and r.usual]
 
 
+def denoising_figure(bases):
+    """The error on test images of task 1 by noise: after the last task, and over that after task 1."""
+    t, panels = np.arange(50, T, 100), ([], [])
+    for r, *more in bases.values():
+        v = np.array([(s.denoise[1], s.denoise[r.tasks]) for s in [r, *more] if {1, r.tasks} <= {*s.denoise}])
+        if len(v) and r.usual:
+            for curves, values in zip(panels, (v[:, 1], v[:, 1] / v[:, 0])):  # (runs, 10)
+                curves.append((r, t, *zip(*map(mean_and_error, values.T.tolist()))))
+    return plot([("t", f"mean |eps - model|² {when}", curves)
+                 for when, curves in zip(("after the last task", "over that after task 1"), panels)])
+
+
 def curve_figures(bases, sweeps):
-    """(name, figure): quality over tasks, and over lambda."""
+    """(name, figure): quality over tasks, error by noise, and quality over lambda."""
     runs = sum([*bases.values(), *sweeps.values()], [])
     fid, frd, kld = (commonest(runs, metric) for metric in ("fid", "frd", "kld"))
     quality = fid or frd
@@ -538,6 +552,7 @@ def curve_figures(bases, sweeps):
                                                 for base in shown])
                   for metric, conditions in (quality, kld)]
         yield name, plot(panels)
+    yield "denoise", denoising_figure(bases)
 
     panels = []
     for base in sweeps:

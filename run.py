@@ -1,7 +1,7 @@
 """What a run is, and nothing of what it computes: arguments, speed, processes, folder, resume, save, stop, progress.
 
-A line that could change a number in a paper's table does not stand here (but what --precision auto means); a line that
-a classifier of MNIST would need as well does. A run folder holds
+Nothing here changes a number in a paper's table, but what --precision auto means. All of it would serve any training
+script. A run folder holds
 
     config.json          every argument and what follows from it, written before the first update
     metrics.jsonl        one JSON object a line, a record every few updates
@@ -106,8 +106,8 @@ def add_arguments(parser, scales):
     add = parser.add_argument
     add("--scale", default="paper", choices=scales,
         help="paper: the paper's run; small: the same at 16x16; laptop: a quick look at 16x16")
-    add("--tasks", type=positive(int), help="how many: the classes are cut into so many (paper: 5), or these are the "
-        "first so many of a stated --class-order, as the laptop's may be")
+    add("--tasks", type=positive(int), help="number of tasks (paper: 5); of a stated --class-order, as the laptop's "
+        "may be, its first so many")
     add("--class-order", help="random (by the seed), natural, or '0,1|2,7' states the classes of each task")
     add("--seed", type=whole, default=42, help="of weights, class order and noise (paper: 42, 69, 1714)")
     add("--image-size", type=positive(int, 4096), help="side to which images are brought (paper: 32, ImageNet-100 64)")
@@ -263,7 +263,7 @@ def start(args):
 
 
 def eager(now=True):
-    """`with eager(now):` what torch.compile has compiled runs, if `now`, as if it had not: for a rare shape."""
+    """`with eager(now):` nothing compiled is used if `now`: for inputs of a rare shape, not worth compiling for."""
     return torch.compiler.set_stance("force_eager") if now else nullcontext()
 
 
@@ -313,7 +313,8 @@ def share(x):
     evenly, so that a mean over the batch is always the mean of the processes' means.
 
     Every process draws all random numbers of an update, for the whole batch, and computes with its rows alone: so N
-    processes follow one. Old images before new ones stay so in each share.
+    processes follow one. If old images come first in the batch, they do in
+    each share.
     """
     return x[rank::world] if len(x) % world == 0 else x
 
@@ -329,8 +330,9 @@ def gather(x, n):
 
 
 def average(model, losses):
-    """The losses, scalars, of the whole batch, (len(losses),), from those of each process's share; the gradients
-    likewise, in place.
+    """The means of `losses`, scalars, over all processes, (len(losses),). Each p.grad becomes its mean too.
+
+    Each process has the losses and gradients of its share of the batch; afterwards all have those of the whole batch.
     """
     losses = torch.stack(losses).detach().float()
     if world > 1:
@@ -569,8 +571,8 @@ def save_due(every, update):
 
 
 def save_checkpoint(folder, state):
-    """Save the state inside a task (`task`, `update`, the number done, and whatever else), keep the checkpoint before,
-    and leave with exit code 130 or 143 if Ctrl-C or SIGTERM asked for it.
+    """Save `state`, a dict with "task", "update" (how many are done) and whatever else. The checkpoint before becomes
+    checkpoint.old.pt. If Ctrl-C or SIGTERM asked for it, leave with exit code 130 or 143.
     """
     if rank:
         return

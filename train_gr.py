@@ -88,7 +88,10 @@ def get_args(argv=None):
         preset.update(dict.fromkeys(DRAWING))
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
-    departs = run.departures(parser, args, "source", "teacher_steps", "buffer_size")  # these are in args.base
+    departs = run.departures(parser, args, "source", "teacher_steps", "buffer_size")
+    args.method, args.title = METHODS[args.source]
+    count = args.teacher_steps or args.buffer_size
+    args.base = f"{args.method}-{count}" if count else args.method  # the run's name begins with it, then what departs
 
     for key in DRAWING:
         if args.source != "generated" and getattr(args, key):
@@ -105,9 +108,6 @@ def get_args(argv=None):
         parser.error(why)
 
     args.class_tasks = data.class_tasks(len(info.classes), args.tasks, args.class_order, args.seed)
-    args.method, args.title = METHODS[args.source]
-    count = args.teacher_steps or args.buffer_size
-    args.base = f"{args.method}-{count}" if count else args.method
     run.describe(args, parser, info, preset, departs)
     return args
 
@@ -145,7 +145,7 @@ def losses(model, x_t, t, eps, replayed):
         return F.mse_loss(model(x_t, t), eps), torch.zeros((), device=x_t.device)
     x_r_t, t_r, target_r = replayed
     pred = model(torch.cat([x_t, x_r_t]), torch.cat([t, t_r]))  # one forward for both halves: (2B, C, H, W)
-    return F.mse_loss(pred[:len(eps)], eps), F.mse_loss(pred[-len(target_r):], target_r)
+    return F.mse_loss(pred[:len(eps)], eps), F.mse_loss(pred[-len(target_r):], target_r)  # the first and last rows
 
 
 # ------------------------------------------------------------------------------------------------------ train
@@ -159,14 +159,14 @@ def batches(args, prev, abar, autocast, index, shape, k, begin, end):
     epoch_length = math.ceil(len(index) / args.batch_size)  # the last, smaller batch is kept
     for u in range(begin, end):
         epoch, b = divmod(u, epoch_length)
-        if b == 0 or u == begin:
+        if b == 0 or u == begin:  # a resumed run finds the same order
             reseed(args.seed, "order", k, epoch)
             order = index[torch.randperm(len(index), device=index.device)]
         i = order[b * args.batch_size:(b + 1) * args.batch_size]
         if k == 1 or not args.teacher_steps:
             yield u, i
             continue
-        if u % args.draw_ahead == 0 or u == begin:
+        if u % args.draw_ahead == 0 or u == begin:  # a resumed run draws all of them again
             reseed(args.seed, "replay", k, u // args.draw_ahead)
             x_T = torch.randn(args.draw_ahead * args.batch_size, *shape, device=index.device)
             with autocast:
@@ -179,7 +179,7 @@ def batches(args, prev, abar, autocast, index, shape, k, begin, end):
 
 def main(argv=None):
     args = get_args(argv)
-    device, autocast = run.start(args)  # and what --precision auto and --compile are on this device
+    device, autocast = run.start(args)  # sets args.precision and args.compile for this device too
 
     # Data: one uint8 tensor on the device; a batch is an index into it.
     images, labels = (x.to(device) for x in data.load_images(args.dataset, "train", args.data_dir, args.image_size))
@@ -196,8 +196,8 @@ def main(argv=None):
         run.load_weights(model, args.init)
     model.to(device)
     prev = copy.deepcopy(model).eval().requires_grad_(False)  # the model of task k-1, one module for the whole run
-    held = 2 if args.source == "generated" else 1  # networks that the method needs: the baselines do without prev
-    config = dict(vars(args), updates=updates, parameters=held * sum(p.numel() for p in model.parameters()),
+    nets = 2 if args.source == "generated" else 1  # that the method needs: the baselines do without prev
+    config = dict(vars(args), updates=updates, parameters=nets * sum(p.numel() for p in model.parameters()),
                   preset_updates=run.count_updates(args.preset["length"], args.preset["batch_size"], sizes))
     folder = run.open_folder(config)
     if args.compile:
@@ -212,15 +212,16 @@ def main(argv=None):
     progress = run.Progress(folder, state, updates, device)
 
     for k in range(state["task"], args.tasks + 1):
-        index, end, every = of_task[k - 1], updates[k - 1], max(1, min(50, updates[k - 1] // 20))
+        index, end = of_task[k - 1], updates[k - 1]
+        every = max(1, min(50, end // 20))  # updates from one record to the next
         replaying = k > 1 and args.source in ("generated", "buffer")
-        part_new = 1 / k if replaying else 1.0  # of the loss
+        part_new = 1 / k if replaying else 1.0  # weight of the new images in the loss
         kept = torch.cat(memory["buffer"]) if replaying and args.source == "buffer" else None
         # DEVIATION: as in the released runs, and unsaid in the paper, Adam starts afresh with every task and the norm
         # of the gradient is clipped at 1.
         optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=device.type != "mps", capturable=graphs)
-        prev.load_state_dict(state.get("prev", model.state_dict()))
-        log = torch.zeros(end, len(LOG), device=device)  # of every update
+        prev.load_state_dict(state.get("prev", model.state_dict()))  # of task k-1: the model as it is, or was saved
+        log = torch.zeros(end, len(LOG), device=device)  # a row for each update
         if state["update"]:  # the run was stopped inside this task
             run.restore(optimizer, state["optimizer"])
             log.copy_(state["log"])
@@ -249,15 +250,15 @@ def main(argv=None):
                 log[u] = learn(*batch)
             progress.step(len(batch[0]))
 
-            # Once in a while a record or a checkpoint: only here does the script wait for the device. After the last
-            # update task<k>.pt follows at once, so a checkpoint is only for a stop.
+            # Once in a while a record or a checkpoint: only here does the script wait for the device.
             done = u + 1
             recording = done % every == 0 or done == end
-            saving = run.save_due(args.save_every, done) and (done < end or run.signals)
+            saving = run.save_due(args.save_every, done)
             if recording or saving:
                 run.check_finite(log[:done], LOG, model, k)
             if recording:
-                progress.record(done, dict(zip(LOG, log[u // every * every:done].mean(0).tolist())))
+                recent = log[u // every * every:done].mean(0).tolist()  # since the last multiple of `every`
+                progress.record(done, dict(zip(LOG, recent)))
             if saving:
                 run.save_checkpoint(folder, {
                     "task": k, "update": done, "model": model.state_dict(), "memory": memory, "log": log,
@@ -273,7 +274,7 @@ def main(argv=None):
             new = images[index[torch.randperm(len(index), device=device)[:args.buffer_size]]]
             memory["buffer"] = [some[:args.buffer_size // k] for some in [*memory.get("buffer", []), new]]
         run.save(folder / f"task{k}.pt", {"task": k, "model": model.state_dict(), "memory": memory, "config": config})
-        state = {"update": 0}
+        state = {"update": 0}  # at which the next task begins
         if k < args.tasks:
             run.exit_if_stopped(f"task {k}")
     run.finish(folder)

@@ -40,7 +40,7 @@ LOG = ("loss", "denoise", "ce", "ce_unlabelled", "kd", "kd_class", "gradient_nor
 
 # -------------------------------------------------------------------------------------------------- arguments
 
-# crop is the least share of an image in the denoiser's view, in stage 1 and 2; clip is of x_0 at each step of DDIM.
+# crop: the least share of an image that the denoiser's view keeps, in stage 1 and 2. clip: of x_0 at each step of DDIM.
 # DEVIATION: the released CIFAR-10 run learns its third global model with a rate of 2e-5, alone of all; we with 2e-4.
 PAPER = dict(class_order="natural", batch_size=256, lr=2e-4, alpha=1e-3, classifier_view="strong", crop=[0.85, 0.85],
              flip=True, unet="jdcl-cifar", image_size=32, local_init="scratch", local_iterations=[50_000],
@@ -101,7 +101,7 @@ def get_args(argv=None):
     preset = dict(PRESETS[info.like][first.scale])
     preset["tasks"] = data.count_tasks(first.class_order or preset["class_order"])
     if first.source != "generated":
-        preset["local_init"] = "global"  # or else nothing would be left of the task before
+        preset["local_init"] = "global"  # with no stage 2, they go on from the model before
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
     args.class_tasks = data.class_tasks(len(info.classes), args.tasks, args.class_order, args.seed)
@@ -268,7 +268,7 @@ def accuracy(counts):
 
 
 def measure(job, x_r=None):
-    """Accuracies of job.ema by name, on test images and in stage 2 on the old ones among the replayed, x_r {c: u8}."""
+    """Accuracies of job.ema by name, on test images; in stage 2 also on replayed images of old classes, x_r {c: u8}."""
     classes = job.classes if job.n_global and not x_r else job.seen  # a local model knows the new classes alone
     counts, first = count(job.ema, job.test, classes), job.args.class_tasks[0]
     found = {"accuracy": accuracy(counts.values()), "accuracy_by_class": {c: accuracy([n]) for c, n in counts.items()}}
@@ -506,7 +506,7 @@ def learn_global(job, previous, replay):
             return one_stage_losses(args, job.model, job.old, n, *batch)
         return distillation_losses(args, job.model, job.old, job.new, n, n_old / args.batch_size, *batch)
 
-    # The last layer's rows of classes not seen so far begin anew: all they have learned is never to answer.
+    # The last layer's rows of classes not seen so far begin anew: so far they have only learned not to be chosen.
     # DEVIATION: all released settings ask for this, but in the released code it no longer happens.
     last, unseen = f"head.{len(job.model.head) - 1}.weight", [c not in learned for c in range(len(args.class_names))]
     reseed(args.seed, "head", job.k)

@@ -602,7 +602,23 @@ def test_a_run_is_evaluated_by_one_command(main, folder_run, pictures, tmp_path,
     assert records[1]["counts"] == torch.bincount(label, minlength=4).tolist()
     near(records[1]["frd"], oracle(of(fake), of(labeller(d.u8_test))), 1e-4)
     near(records[1]["share_old"], (label < 2).double().mean().item())
+    near(records[1]["denoise"], eval_fid.denoising_errors(model, d.u8_test[d.y_test < 2][:500], alpha_bar(), 42), 1e-5)
     near(records[1]["confidence"], head(fake).softmax(1).amax(1).mean().item(), 1e-5)
+
+
+def test_denoising_errors_of_an_exact_model():
+    """Of data N(m, s^2) the best model leaves the variance of eps given x_t, abar s^2 / (abar s^2 + 1 - abar)."""
+    reseed("test")
+    abar, mean, sd = alpha_bar(), 0.1, 0.25
+    u8 = data.quantize(mean + sd * torch.randn(400, 1, 16, 16))
+
+    def model(x_t, t):
+        a = abar[t].view(-1, 1, 1, 1)
+        return (1 - a).sqrt() * (x_t - a.sqrt() * mean) / (a * sd**2 + 1 - a)
+    errors, a = eval_fid.denoising_errors(model, u8, abar, 42), abar[:-1]
+    near(errors, (a * sd**2 / (a * sd**2 + 1 - a)).view(10, 100).mean(1).tolist(), 0.02)
+    assert errors == eval_fid.denoising_errors(model, u8, abar, 42), "every model meets the same noise"
+    near(eval_fid.denoising_errors(lambda x_t, t: torch.zeros_like(x_t), u8, abar, 42), [1] * 10, 0.02)
 
 
 def test_records_are_kept_skipped_and_replaced(evaluated, folder_run, tiny, tmp_path):

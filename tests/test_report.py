@@ -542,11 +542,29 @@ def test_quality_over_lambda_and_over_tasks(tmp_path):
     runs = report.find([tmp_path])
     bases, sweeps = {"gd-2": [r for r in runs if not r.departs]}, {"gd-2": [r for r in runs if r.departs]}
     drawn = dict(report.curve_figures(bases, sweeps))
-    assert list(drawn) == ["figure4", "figureB2", "lambda"]
+    assert list(drawn) == ["figure4", "figureB2", "denoise", "lambda"] and drawn["denoise"] is None
     line, *_ = drawn["lambda"].axes[0].containers[0]
     np.testing.assert_allclose(line.get_xydata(), [(0.25, 50 + 55.5), (0.75, 155.5), (1.5, 355.5)])
     line, *_ = drawn["figure4"].axes[0].containers[0]
     np.testing.assert_allclose(line.get_xydata(), [(1, 50), (2, 50), (3, 50), (4, 50), (5, 155.5)])
+
+
+def test_error_by_noise_after_the_last_task_and_over_that_after_task_1(tmp_path):
+    make(tmp_path, "gr-2", 42)
+    make(tmp_path, "gd-10", 42)  # not the preset's steps
+    for base, s, factor in ("gd-2", 42, 2.0), ("gd-2", 69, 4.0), ("gd-10", 42, 9.0):
+        path = make(tmp_path, base, s) / "eval.json"
+        records = json.loads(path.read_text())
+        for r in records:
+            r["denoise"] = [0.1 * (i + 1) * (factor if r["task"] == 5 else 1) for i in range(10)]
+        write(path, records)
+    bases = {base: [r for r in report.find([tmp_path]) if r.base == base] for base in ("gr-2", "gd-2", "gd-10")}
+    drawn = dict(report.curve_figures({"gr-2": bases["gr-2"]}, {})), report.denoising_figure(bases)
+    assert drawn[0]["denoise"] is None and len(drawn[1].axes) == 2
+    for axes, expected in zip(drawn[1].axes, ([0.3 * (i + 1) for i in range(10)], [3.0] * 10)):
+        (bars,) = axes.containers
+        np.testing.assert_allclose(bars.lines[0].get_xydata().T, [range(50, 1000, 100), expected])
+        assert np.ptp(bars.lines[2][0].get_segments()[9][:, 1]) == pytest.approx(2 * expected[9] / 3)
 
 
 # --------------------------------------------------------------------------------------------------------- JDCL
