@@ -14,7 +14,8 @@ out of all classes of the dataset. One lost class of ten makes a kld of 1.5170, 
 Sampling alone makes about (classes - 1) / 2n. fid_floor and frd_floor are the distances of as many training images,
 kld_real is the kld of the test images.
 
-Of a run also `denoise`, where in the noise it forgets: |eps - model(x_t, t)|^2 on test images of task 1, by t.
+Of a run besides: frd_by_task, and `denoise`, where in the noise it forgets, |eps - model(x_t, t)|^2 on test images of
+task 1 by t.
 
     python eval_fid.py runs/fashion-mnist/gd-2/seed42                     every task of a run, into its eval.json
     python eval_fid.py IMAGES --reference fashion-mnist                   FID of anybody's images
@@ -532,8 +533,12 @@ def denoising_errors(model, u8, abar, seed):
     return errors
 
 
-def evaluate(fake, real, floor, y, old, networks, head, args):
-    """The metrics of images `fake` against `real`, whose classes are y, and those of `floor` against `real`."""
+def evaluate(fake, real, floor, y, tasks, networks, head, args):
+    """The metrics of images `fake` against `real`, whose classes are y, and those of `floor` against `real`.
+
+    `tasks` are the classes of each task seen. frd_by_task is the frd of each task's images alone, of the generated ones
+    those to which the labeller gives its classes; None where these are fewer than two.
+    """
     record = dict(fid=None, fid_floor=None, rank_deficient=min(len(fake), len(real)) < 2048)
     for metric, extract in networks.items():
         x, x_r, x_f = (features_of(images.split(args.batch_size), extract) for images in (fake, real, floor))
@@ -541,9 +546,12 @@ def evaluate(fake, real, floor, y, old, networks, head, args):
         if metric == "frd":
             weight, bias = (v.cpu().double().numpy() for v in (head.weight, head.bias))
             logits, logits_r = (v @ weight.T + bias for v in (x, x_r))
+            parts = [(x[np.isin(logits.argmax(1), task)], x_r[np.isin(y, task)]) for task in tasks]
     q, q_r, p = (np.bincount(v, minlength=head.out_features) for v in (logits.argmax(1), logits_r.argmax(1), y))
-    return dict(record, kld=kld(p, q), kld_reverse=kld(q, p), kld_real=kld(p, q_r), counts=q.tolist(),
-                ard=float(abs(p / p.sum() - q / q.sum()).sum() / 2),
+    by_task = [frechet(moments(a), moments(b)) if min(len(a), len(b)) > 1 else None for a, b in parts]
+    old = sum(tasks[:-1], [])
+    return dict(record, frd_by_task=by_task, kld=kld(p, q), kld_reverse=kld(q, p), kld_real=kld(p, q_r),
+                counts=q.tolist(), ard=float(abs(p / p.sum() - q / q.sum()).sum() / 2),
                 share_old=float(q[old].sum() / q.sum()) if old else None,
                 confidence=float(scipy.special.softmax(logits, 1).max(1).mean()))
 
@@ -577,7 +585,7 @@ def evaluate_run(folder, args, device):
     of_task1 = d.u8_test[torch.isin(d.y_test, torch.tensor(c.class_tasks[0]))][:500]
     for k in tasks:
         begun, file = time.perf_counter(), folder / f"task{k}.pt"
-        old, seen = (sorted(sum(c.class_tasks[:i], [])) for i in (k - 1, k))
+        seen = sorted(sum(c.class_tasks[:k], []))
         real, pool = (torch.isin(y, torch.tensor(seen)).nonzero().squeeze(1) for y in (d.y_test, d.y))
         reseed(c.seed, "floor", k)
         pool = pool[torch.randperm(len(pool))[:c.n]]
@@ -591,7 +599,8 @@ def evaluate_run(folder, args, device):
             continue
         run.load_weights(model, file)
         fake = generate(model, c, abar, args, str(file))
-        record = evaluate(fake, d.u8_test[real], d.u8[pool], d.y_test[real], old, networks, head, args)
+        record = evaluate(
+            fake, d.u8_test[real], d.u8[pool], d.y_test[real], c.class_tasks[:k], networks, head, args)
         record.update(task=k, denoise=denoising_errors(model, of_task1, abar, c.seed), fid_missing=missing,
                       protocol=protocol, device=str(device), versions=VERSIONS,
                       seconds=round(time.perf_counter() - begun, 1))

@@ -127,7 +127,8 @@ all networks that a method trains with. JDCL's values are from a third party's n
 """
 METRICS = {  # header and decimals; beside the papers' values ours have as many decimals as they
     "average_accuracy": ("↑ accuracy, %", 2), "average_forgetting": ("↓ forgetting, %", 2),
-    "fid": ("↓ FID", 1), "frd": ("↓ frd", 1), "kld": ("↓ KLD", 2), "share_old": ("↑ old classes, %", 1),
+    "fid": ("↓ FID", 1), "frd": ("↓ frd", 1), "afrd": ("↓ frd by task", 1), "frd_forgetting": ("↓ its forgetting", 1),
+    "kld": ("↓ KLD", 2), "share_old": ("↑ old classes, %", 1),
     "acc": ("↑ ACC", 2), "ms": ("↓ ms per update", 1), "parameters": ("parameters", 0), "seconds": ("seconds", 0),
     "peak_memory_mb": ("peak memory, MB", 0)}
 # The methods in the order of tables and figures, with their colours. Any other comes after them, in a spare colour.
@@ -227,14 +228,21 @@ def list_values(record, c):
     with the same conditions may be averaged.
     """
     done, metrics, classifier = record["tasks_done"], record["metrics"], record["classifier"]
+    by_task = {e["task"]: e.get("frd_by_task", [None]) for e in record["eval"]}
     precision = c["precision"] if c.get("precision", "fp32") != "fp32" else ""
     for e in record["eval"]:
         p, fid = e["protocol"], e["protocol"]["fid"] or {"name": "tf1"}
         unlike = [precision, f"n {p['n']}" * (p["n"] != 10000),
                   f"{p['steps']} steps" * (p["steps"] != c["sample_steps"])]
         yield "fid", e["task"], e["fid"], [*unlike, fid["name"] * (fid["name"] != "tf1")]
+        unlike = [*unlike, f"labeller {p['frd']['sha256'][:12]}"]
         for metric in ("frd", "kld", "share_old"):
-            yield metric, e["task"], e[metric], [*unlike, f"labeller {p['frd']['sha256'][:12]}"]
+            yield metric, e["task"], e[metric], unlike
+        now = by_task[e["task"]]
+        first = [by_task.get(k, [None])[-1] for k in range(1, 1 + len(now))]  # of each task when it was the newest
+        if all(now + first):  # no task is lost altogether
+            yield "afrd", e["task"], statistics.fmean(now), unlike
+            yield "frd_forgetting", e["task"], statistics.fmean(now) - statistics.fmean(first), unlike
     if classifier:
         p = classifier["protocol"]
         unlike = [precision, f"updates {p['updates']}" * (p["updates"] != classifier["preset_updates"]),

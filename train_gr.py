@@ -213,7 +213,7 @@ def main(argv=None):
 
     for k in range(state["task"], args.tasks + 1):
         index, end = of_task[k - 1], updates[k - 1]
-        every = max(1, min(50, end // 20))  # updates from one record to the next
+        every = max(1, min(50, end // 20))  # a record is a mean over the updates since the last multiple of `every`
         replaying = k > 1 and args.source in ("generated", "buffer")
         part_new = 1 / k if replaying else 1.0  # weight of the new images in the loss
         kept = torch.cat(memory["buffer"]) if replaying and args.source == "buffer" else None
@@ -257,8 +257,7 @@ def main(argv=None):
             if recording or saving:
                 run.check_finite(log[:done], LOG, model, k)
             if recording:
-                recent = log[u // every * every:done].mean(0).tolist()  # since the last multiple of `every`
-                progress.record(done, dict(zip(LOG, recent)))
+                progress.record(done, dict(zip(LOG, log[u // every * every:done].mean(0).tolist())))
             if saving:
                 run.save_checkpoint(folder, {
                     "task": k, "update": done, "model": model.state_dict(), "memory": memory, "log": log,

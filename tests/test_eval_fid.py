@@ -601,6 +601,11 @@ def test_a_run_is_evaluated_by_one_command(main, folder_run, pictures, tmp_path,
     label = head(fake).argmax(1)
     assert records[1]["counts"] == torch.bincount(label, minlength=4).tolist()
     near(records[1]["frd"], oracle(of(fake), of(labeller(d.u8_test))), 1e-4)
+    for j, found in enumerate(records[1]["frd_by_task"]):
+        classes = torch.tensor([2 * j, 2 * j + 1])
+        some = fake[torch.isin(label, classes)], labeller(d.u8_test)[torch.isin(d.y_test, classes)]
+        assert found is None if len(some[0]) < 2 else found == pytest.approx(oracle(*map(of, some)), rel=1e-3)
+    assert any(records[1]["frd_by_task"])
     near(records[1]["share_old"], (label < 2).double().mean().item())
     near(records[1]["denoise"], eval_fid.denoising_errors(model, d.u8_test[d.y_test < 2][:500], alpha_bar(), 42), 1e-5)
     near(records[1]["confidence"], head(fake).softmax(1).amax(1).mean().item(), 1e-5)

@@ -549,6 +549,17 @@ def test_quality_over_lambda_and_over_tasks(tmp_path):
     np.testing.assert_allclose(line.get_xydata(), [(1, 50), (2, 50), (3, 50), (4, 50), (5, 155.5)])
 
 
+def test_frd_by_task_is_a_mean_over_tasks_and_what_it_was_before(tmp_path):
+    """A_FID = mean_i FID_i(m_T) and F = mean_i (FID_i(m_T) - FID_i(m_i)) of arXiv 2509.23593, with frd."""
+    def result(value, *rows):
+        path = make(tmp_path, "gd-2", tasks=2) / "eval.json"
+        write(path, [r | dict(frd_by_task=row) for r, row in zip(json.loads(path.read_text()), rows)])
+        (r,) = report.find([tmp_path])
+        return [v for (metric, task, _), v in r.values.items() if metric == value and task == 2]
+    assert result("afrd", [10.0], [30.0, 14.0]) == [22.0] and result("frd_forgetting", [10.0], [30.0, 14.0]) == [10.0]
+    assert result("afrd", [10.0], [None, 14.0]) == [], "the images of task 1 are lost"
+
+
 def test_error_by_noise_after_the_last_task_and_over_that_after_task_1(tmp_path):
     make(tmp_path, "gr-2", 42)
     make(tmp_path, "gd-10", 42)  # not the preset's steps
