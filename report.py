@@ -94,7 +94,8 @@ COMMANDS = {  # what trains the bases in PAPER and ROWS; gr and gd have the pres
     **{f"gd-{n}": f"train_gd.py --teacher-steps {n}" for n in (2, 10, 100)},
     "lwf": "train_gd.py --distill current", "noise": "train_gd.py --distill noise",
     "classifier-joint": "train_classifier.py --replay all", "classifier-finetune": "train_classifier.py --replay none",
-    "gr": "train_gr.py", "gd": "train_gd.py", "jdcl": "train_jdcl.py", "jdcl-joint": "train_jdcl.py --replay all",
+    "gr": "train_gr.py", "gd": "train_gd.py", "ewc": "train_ewc.py",
+    "jdcl": "train_jdcl.py", "jdcl-joint": "train_jdcl.py --replay all",
     "jdcl-finetune": "train_jdcl.py --replay none"}
 TARGETS, STEPS = "classifier-joint, classifier-finetune", "gr-2, gd-2, gr-10, gd-10, gr-100, gd-100"
 ROWS = {  # the bases and flags of each table and figure; what is another on a dataset has a line of its own
@@ -114,6 +115,14 @@ ROWS = {  # the bases and flags of each table and figure; what is another on a d
                         "jdcl --tasks 10 --labels 0.008",
     "JDCL on imagenet100": "jdcl-joint, jdcl"}
 TABLES = [name for name in ROWS if " on " not in name]
+BEYOND = {  # docs/beyond.md
+    "first step": ", ".join(f"{base} --teacher-steps {n}{step}" for base in ("gr", "gd") for n in (1, 2)
+                            for step in ("", " --first-step analytic")),
+    "solver": ", ".join(f"{base} --teacher-steps {n}" for base in ("gr", "gd")
+                        for n in ("5", "5 --teacher-solver ipndm", "10")),
+    "errors": "joint, finetune, gr, gd, lwf, noise",
+    "ewc": "gd, " + ", ".join(f"ewc --ewc {weight}{direction}" for weight in (150, 1500, 15000, 150000)
+                              for direction in ("", " --direction random"))}
 ACCURACY = "Table 2", "Table B.3", "Table B.4", "Table B.5"  # of the continual classifier
 INTRODUCTION = """# Results
 
@@ -148,7 +157,7 @@ def get_args(argv=None):
     add("--save", type=Path, metavar="RESULTS", help="write RESULTS/<dataset>/<name>/seed<seed>.json of every run")
     add("--figures", action=argparse.BooleanOptionalAction, default=True, help="draw them (default: yes)")
     add("--device", default="auto", help="for pictures that a model draws: auto, cpu, mps, cuda or cuda:<i>")
-    add("--rows", choices=[*TABLES, "all"], metavar="TABLE",
+    add("--rows", choices=[*TABLES, *BEYOND, "all"], metavar="TABLE",
         help="print the commands of what a table or figure lacks: 'Table B.2', 'Figure 4', lambda, JDCL, all, ...")
     add("--scale", default="paper", choices=["paper", "small", "laptop"], help="of --rows")
     add("--dataset", default="fashion-mnist", type=data.dataset, metavar="NAME|FOLDER",
@@ -646,9 +655,10 @@ def figures(runs, out, device):
 def main(argv=None):
     args = get_args(argv)
     if args.rows:
+        lists = ROWS | BEYOND
         rows = [(row, name in ACCURACY and row not in ("joint", "finetune"))
                 for name in (TABLES if args.rows == "all" else [args.rows])
-                for row in ROWS.get(f"{name} on {args.dataset}", ROWS[name]).split(", ")]
+                for row in lists.get(f"{name} on {args.dataset}", lists[name]).split(", ")]
         rows.sort(key=lambda row: not row[1])  # of a row in two tables the one with an accuracy counts
         for command in missing(rows, args.scale, args.dataset, args.seeds, find(args.folders)):
             print("python", shlex.join(command))

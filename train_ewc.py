@@ -1,0 +1,309 @@
+"""Generative distillation of a diffusion model with rank-1 elastic weight consolidation: does the one add to the other?
+
+A diffusion model learns a sequence of tasks, two new classes at a time, without keeping old images. Before task k a
+copy of the model is frozen. At every update the copy draws, with a few DDIM steps, as many images as the batch has, and
+the model learns to denoise the new images, and on the replayed ones to predict the noise that the copy predicts.
+
+    L = 1/k |eps - model(x_t, t)|^2 + (1 - 1/k) lam |prev(x_r_t, t_r) - model(x_r_t, t_r)|^2       tasks k >= 2
+      + ewc/2 sum_{j<k} c_j (u_j . theta - u_j . theta_j)^2
+    x_r = DDIM(prev), x_r_t = sqrt(abar_t_r) x_r + sqrt(1 - abar_t_r) eps_r
+    u_j = mu_j / |mu_j|, mu_j = E[g], c_j = E[(u_j . g)^2]
+
+theta are the weights, theta_j those after task j, g the gradients of |eps - model(x_t, t)|^2 on images of task j there.
+The Fisher matrix E[g g^T] is taken for c u u^T, so that the weights are held back along one direction a task.
+
+Masip et al., "Continual Learning of Diffusion Models with Generative Distillation", arXiv 2311.14028, Section 3.
+Wang et al., arXiv 2509.23593v2, Section 3: there c mu mu^T with c = E[(mu . g)^2] / |mu|^4, which is the same.
+
+Without arguments it is the paper's run on Fashion-MNIST, for a GPU. A minute and a half on a laptop, no download:
+
+    python train_ewc.py --dataset shapes --scale laptop
+"""
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils import parameters_to_vector
+
+import data
+import run
+from ddim import T, alpha_bar, q_sample, reseed, sample
+from unet import NETS, UNet, misfit
+
+LOG = ("loss", "loss_new", "loss_replay", "loss_ewc", "gradient_norm")
+
+# -------------------------------------------------------------------------------------------------- arguments
+
+PAPER = dict(class_order="random", length=("epochs", [100.0]), batch_size=128, lr=2e-4, unet="fashion-mnist",
+             image_size=32, schedule="zero-snr", flip=False, sample_steps=10,
+             teacher_steps=2, teacher_solver="ddim", first_step="network", draw_ahead=8)
+# DEVIATION: the paper augments nothing, its released runs mirror CIFAR's images. For evaluation on CIFAR-10, Appendix
+# A.5 of the paper first says 10 DDIM steps and then, as Section 4.2.2, 20. Here it is 20.
+CIFAR = dict(PAPER, length=("epochs", [200.0]), batch_size=64, unet="cifar10", flip=True, teacher_steps=10,
+             sample_steps=20)
+SMALL = dict(PAPER, length=("iterations", [1500, 800]), batch_size=32, lr=5e-4, unet="laptop", image_size=16,
+             draw_ahead=1)
+LAPTOP = dict(SMALL, length=("iterations", [600, 150]), lr=2e-3,
+              class_order="0,1|2,7|8,9")  # three tasks; these garments look different even at 16x16
+GREY = {"paper": PAPER, "small": SMALL, "laptop": LAPTOP}
+COLOUR = {"paper": CIFAR, "small": dict(SMALL, unet="laptop-rgb", flip=True),
+          "laptop": dict(LAPTOP, unet="laptop-rgb", flip=True)}
+PRESETS = {  # the paper's runs (Sections 4 and A.1), the same in miniature, and a minute and a half on a laptop. Of a
+    # length with several values, one a task, the last repeats.
+    "fashion-mnist": GREY, "shapes": GREY, "cifar10": COLOUR, "cifar100": COLOUR,
+    "imagenet100": COLOUR | {"paper": dict(CIFAR, image_size=64)},
+}
+METHODS = {"mean": ("ewc", "GD with rank-1 EWC"), "random": ("ewc-random", "GD with EWC, random direction")}
+
+
+def get_args(argv=None):
+    parser = run.parser(__doc__, __file__)
+    add = parser.add_argument
+    add("--dataset", default="fashion-mnist", type=data.dataset, metavar="NAME|FOLDER",
+        help=f"{', '.join(data.DATASETS)} or a folder of class folders (default: fashion-mnist)")
+    add("--ewc", type=run.positive(float, zero=True), default=15000.0, help="weight of the penalty (paper: 15000)")
+    add("--direction", default="mean", choices=list(METHODS), dest="source", help="u: of the mean gradient, or random")
+    add("--ewc-images", type=run.positive(int), default=10000, help="images of a task for mu (paper: 10000)")
+    add("--fisher-images", type=run.positive(int), default=500, help="other images of a task for c, one at a time")
+    add("--lambda", "--lambd", dest="lam", type=run.positive(float), default=0.75, help="of the distillation (GD)")
+    add("--teacher-steps", type=run.positive(int, T), help="DDIM steps of the previous model (paper: 2, CIFAR-10 10)")
+    add("--teacher-solver", choices=["ddim", "ipndm"], help="paper: ddim; ipndm: of higher order (see ddim.py)")
+    add("--first-step", choices=["network", "analytic"], help="analytic: one more, without a call of the model")
+    add("--draw-ahead", type=run.positive(int, 1e4), help="updates whose replay is drawn at once (paper: 8)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=run.per_task(float, "epochs"), dest="length", metavar="E",
+                        help="passes over the images of a task: E, or E1,E2,... (paper: 100, CIFAR-10 200)")
+    length.add_argument("--iterations", type=run.per_task(int, "iterations"), dest="length", metavar="N",
+                        help="updates of a task, in place of epochs: N, or N1,N2,...")
+    add("--batch-size", type=run.positive(int), help="images of the current task per update (paper: 128, CIFAR-10 64)")
+    add("--lr", type=run.positive(float), help="learning rate of Adam (paper: 2e-4)")
+    add("--unet", choices=list(NETS), help="network (default: the paper's for the dataset)")
+    add("--init", metavar="PATH", help="start from these weights: a task<k>.pt, or diffusers' UNet2DModel .bin")
+    add("--schedule", choices=["zero-snr", "linear"], help="noise schedule (default: zero-snr, as the released runs)")
+    run.add_arguments(parser, scales=list(GREY))
+
+    # A first look finds the preset. It becomes the defaults of the parser, so that the command line wins.
+    first, _ = parser.parse_known_args(argv)
+    info = data.info(first.dataset, first.data_dir)
+    preset = dict(PRESETS[info.like][first.scale])
+    if info.name not in data.DATASETS:
+        preset["class_order"] = "random"  # images of one's own may have fewer classes than a stated order
+    preset["tasks"] = data.count_tasks(first.class_order or preset["class_order"])
+    parser.set_defaults(**preset)
+    args = parser.parse_args(argv)
+    departs = run.departures(parser, args, "source", "teacher_steps")
+    args.method, args.title = METHODS[args.source]
+    args.base = f"{args.method}-{args.teacher_steps}"  # the run's name begins with it, then what departs
+
+    if args.first_step == "analytic" and args.teacher_steps == T:
+        parser.error(f"--first-step analytic leaves --teacher-steps {T - 1} at most")
+    if "length" in departs and len(args.length[1]) > args.tasks:
+        parser.error(f"--{args.length[0]} takes at most one value for each of the {args.tasks} tasks")
+    if why := misfit(args.unet, info.channels, args.image_size):
+        parser.error(why)
+
+    args.class_tasks = data.class_tasks(len(info.classes), args.tasks, args.class_order, args.seed)
+    run.describe(args, parser, info, preset, departs)
+    return args
+
+
+# ----------------------------------------------------------------------------------------------------- losses
+
+def diffuse(x_0, abar):
+    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, each image with its own t from 0 .. T-1 and eps ~ N(0, I).
+
+    x_t, t, eps of the whole batch; with torchrun of this process's share of it.
+    """
+    t = torch.randint(T, (len(x_0),), device=x_0.device)
+    eps = torch.randn_like(x_0)
+    return [run.share(x) for x in (q_sample(x_0, t, eps, abar), t, eps)]
+
+
+@torch.no_grad()
+def replay(prev, x_r, abar):
+    """The replayed half of a batch: noisy images x_r_t (B, C, H, W), their times t_r (B,), what to predict there."""
+    x_r_t, t_r, _ = diffuse(x_r, abar)
+    return x_r_t, t_r, prev(x_r_t, t_r)
+
+
+def losses(model, x_t, t, eps, replayed):
+    """|eps - model(x_t, t)|^2 of the new images and |target_r - model(x_r_t, t_r)|^2 of the replayed ones, two scalars.
+
+    DEVIATION: means over all elements, as in the released runs, where the paper writes squared norms.
+    """
+    if replayed is None:
+        return F.mse_loss(model(x_t, t), eps), torch.zeros((), device=x_t.device)
+    x_r_t, t_r, target_r = replayed
+    pred = model(torch.cat([x_t, x_r_t]), torch.cat([t, t_r]))  # one forward for both halves: (2B, C, H, W)
+    return F.mse_loss(pred[:len(eps)], eps), F.mse_loss(pred[-len(target_r):], target_r)  # the first and last rows
+
+
+# --------------------------------------------------------------------------------------------------- consolidation
+
+def gradient(args, model, u8, abar, autocast):
+    """g (P,), for all P weights, of |eps - model(x_t, t)|^2 on images u8 (B, C, H, W)."""
+    with autocast, run.eager(args.compile):
+        x_t, t, eps = diffuse(data.normalize(data.mirrored(u8, args.flip)), abar)
+        loss, _ = losses(model, x_t, t, eps, None)
+    model.zero_grad()
+    loss.backward()
+    run.average(model, [loss])  # and the gradients, where several processes share the batch
+    return parameters_to_vector(p.grad for p in model.parameters())
+
+
+# DEVIATION: the paper's GD has weight 1 for new images and for distillation, class labels, and replay from a pool; here
+# GD is that of train_gd.py. Its c is of all images of mu, one at a time; here of fewer, and others.
+
+def consolidate(args, model, u8, abar, autocast, k):
+    """[u (P,), c, u . theta_k, share] of task k, whose images are u8; the gradients of c are of other images than mu's.
+
+    share = E[(u . g)^2] / E[|g|^2] is what u explains of the squared gradients. Of a random u it is 1 / P.
+    """
+    reseed(args.seed, "consolidation", k)
+    u8 = u8[torch.randperm(len(u8), device=u8.device)]
+    alone = min(args.fisher_images, len(u8) // 2)
+    batches = u8[alone:][:args.ewc_images].split(args.batch_size)
+    mu = sum(len(batch) * gradient(args, model, batch, abar, autocast) for batch in batches)
+    u = mu if args.source == "mean" else torch.randn_like(mu)
+    u = u / u.norm()
+    along, whole = torch.zeros((), device=u.device), torch.zeros((), device=u.device)
+    for image in u8[:alone].split(1):
+        g = gradient(args, model, image, abar, autocast)
+        along, whole = along + u.dot(g).square() / alone, whole + g.dot(g) / alone
+    return [u, along, u.dot(parameters_to_vector(model.parameters()).detach()), along / whole]
+
+
+# ------------------------------------------------------------------------------------------------------ train
+
+def batches(args, prev, abar, autocast, index, shape, k, begin, end):
+    """The updates u = begin .. end - 1 of task k, each with its inputs: u, i, and where prev draws the replay x_r too.
+
+    i (B,) are the numbers of new images, out of `index`. x_r (B, C, H, W) is part of what prev has drawn at once for
+    args.draw_ahead updates; `shape` is (C, H, W).
+    """
+    epoch_length = math.ceil(len(index) / args.batch_size)  # the last, smaller batch is kept
+    for u in range(begin, end):
+        epoch, b = divmod(u, epoch_length)
+        if b == 0 or u == begin:  # a resumed run finds the same order
+            reseed(args.seed, "order", k, epoch)
+            order = index[torch.randperm(len(index), device=index.device)]
+        i = order[b * args.batch_size:(b + 1) * args.batch_size]
+        if k == 1:
+            yield u, i
+            continue
+        if u % args.draw_ahead == 0 or u == begin:  # a resumed run draws all of them again
+            reseed(args.seed, "replay", k, u // args.draw_ahead)
+            x_T = torch.randn(args.draw_ahead * args.batch_size, *shape, device=index.device)
+            with autocast:
+                drawn = sample(prev, run.share(x_T), abar, args.teacher_steps, first=args.first_step,
+                               solver=args.teacher_solver)
+                drawn = run.gather(drawn, len(x_T))
+            drawn = drawn.split(args.batch_size)
+        yield u, i, drawn[u % args.draw_ahead][:len(i)]
+
+
+def main(argv=None):
+    args = get_args(argv)
+    device, autocast = run.start(args)  # sets args.precision and args.compile for this device too
+
+    # Data: one uint8 tensor on the device; a batch is an index into it.
+    images, labels = (x.to(device) for x in data.load_images(args.dataset, "train", args.data_dir, args.image_size))
+    of_task = [sum(labels == c for c in classes).nonzero().flatten() for classes in args.class_tasks]  # (n,) each
+    sizes, shape = [len(index) for index in of_task], images.shape[1:]  # images are (N, C, H, W)
+    updates = run.count_updates(args.length, args.batch_size, sizes)
+
+    # The networks, the run folder, and where the run stands.
+    reseed(args.seed, "weights")
+    model = UNet(**NETS[args.unet])
+    if args.init:
+        run.load_weights(model, args.init)
+    model.to(device)
+    prev = copy.deepcopy(model).eval().requires_grad_(False)  # the model of task k-1, one module for the whole run
+    nets = 2  # that the method needs: the model and prev
+    config = dict(vars(args), updates=updates, parameters=nets * sum(p.numel() for p in model.parameters()),
+                  preset_updates=run.count_updates(args.preset["length"], args.preset["batch_size"], sizes))
+    folder = run.open_folder(config)
+    if args.compile:
+        for net in (model, prev):
+            net.compile(fullgraph=True, dynamic=False)
+    graphs = args.compile and device.type == "cuda" and run.world == 1
+    abar = alpha_bar(args.schedule).to(device)
+    state = run.latest(folder, args.tasks, device) or {
+        "task": 1, "update": 0, "model": model.state_dict(), "memory": {}}
+    model.load_state_dict(state["model"])
+    memory = state["memory"]  # what the method keeps of old tasks beside the model, such as a buffer
+    progress = run.Progress(folder, state, updates, device)
+
+    for k in range(state["task"], args.tasks + 1):
+        index, end = of_task[k - 1], updates[k - 1]
+        every = max(1, min(50, end // 20))  # a record is a mean over the updates since the last multiple of `every`
+        replaying = k > 1
+        part_new = 1 / k if replaying else 1.0  # weight of the new images in the loss
+        old = memory.get("ewc", [])  # of each old task what `consolidate` returns
+        # DEVIATION: as in the released runs, and unsaid in the paper, Adam starts afresh with every task and the norm
+        # of the gradient is clipped at 1.
+        optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=device.type != "mps", capturable=graphs)
+        prev.load_state_dict(state.get("prev", model.state_dict()))  # of task k-1: the model as it is, or was saved
+        log = torch.zeros(end, len(LOG), device=device)  # a row for each update
+        if state["update"]:  # the run was stopped inside this task
+            run.restore(optimizer, state["optimizer"])
+            log.copy_(state["log"])
+
+        def learn(i, x_r=None):
+            """Learn from images[i], i (B,), and the replayed x_r (B, C, H, W): a row of the log, (len(LOG),)."""
+            x_0 = data.normalize(data.mirrored(images[i], args.flip))
+            with autocast:
+                x_t, t, eps = diffuse(x_0, abar)
+                replayed = replay(prev, x_r, abar) if replaying else None
+                loss_new, loss_replay = losses(model, x_t, t, eps, replayed)
+            theta = parameters_to_vector(model.parameters())
+            pulls = (c / 2 * (u.dot(theta) - at).square() for u, c, at, _ in old)
+            loss_ewc = sum(pulls, torch.zeros((), device=device))
+            loss = part_new * loss_new + (1 - part_new) * args.lam * loss_replay + args.ewc * loss_ewc
+            optimizer.zero_grad()
+            loss.backward()
+            means = run.average(model, [loss, loss_new, loss_replay, loss_ewc])
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            run.skip_if_broken(optimizer, norm)  # then the next step changes nothing
+            optimizer.step()
+            return torch.cat([means, norm[None]])
+
+        learn = run.CUDAGraph(learn) if graphs else learn
+        progress.begin(k, state["update"])
+        for u, *batch in batches(args, prev, abar, autocast, index, shape, k, state["update"], end):
+            reseed(args.seed, "noise", k, u)
+            with run.eager(args.compile and len(batch[0]) < args.batch_size):  # an epoch's last batch is not compiled
+                log[u] = learn(*batch)
+            progress.step(len(batch[0]))
+
+            # Once in a while a record or a checkpoint: only here does the script wait for the device.
+            done = u + 1
+            recording = done % every == 0 or done == end
+            saving = run.save_due(args.save_every, done)
+            if recording or saving:
+                run.check_finite(log[:done], LOG, model, k)
+            if recording:
+                progress.record(done, dict(zip(LOG, log[u // every * every:done].mean(0).tolist())))
+            if saving:
+                run.save_checkpoint(folder, {
+                    "task": k, "update": done, "model": model.state_dict(), "memory": memory, "log": log,
+                    "prev": prev.state_dict(), "optimizer": optimizer.state_dict()})
+
+        # A task is learned once its weights are saved. The picture starts from the same 64 noises in every run.
+        reseed("grid")
+        with autocast, run.eager(args.compile):
+            x_0 = sample(model, torch.randn(64, *shape).to(device), abar, args.sample_steps)
+        run.save_picture(folder / "samples" / f"task{k}.png", data.quantize(x_0), columns=8)
+        memory["ewc"] = [*old, consolidate(args, model, images[index], abar, autocast, k)]
+        print(f"task {k}: u explains {float(memory['ewc'][-1][3]):.2g} of the squared gradients", flush=True)
+        run.save(folder / f"task{k}.pt", {"task": k, "model": model.state_dict(), "memory": memory, "config": config})
+        state = {"update": 0}  # at which the next task begins
+        if k < args.tasks:
+            run.exit_if_stopped(f"task {k}")
+    run.finish(folder)
+
+
+if __name__ == "__main__":
+    run.main(main)
