@@ -94,7 +94,7 @@ COMMANDS = {  # what trains the bases in PAPER and ROWS; gr and gd have the pres
     **{f"gd-{n}": f"train_gd.py --teacher-steps {n}" for n in (2, 10, 100)},
     "lwf": "train_gd.py --distill current", "noise": "train_gd.py --distill noise",
     "classifier-joint": "train_classifier.py --replay all", "classifier-finetune": "train_classifier.py --replay none",
-    "gr": "train_gr.py", "gd": "train_gd.py", "ewc": "train_ewc.py",
+    "gr": "train_gr.py", "gd": "train_gd.py", "ewc": "train_ewc.py", "ewc-random": "train_ewc.py --direction random",
     "jdcl": "train_jdcl.py", "jdcl-joint": "train_jdcl.py --replay all",
     "jdcl-finetune": "train_jdcl.py --replay none"}
 TARGETS, STEPS = "classifier-joint, classifier-finetune", "gr-2, gd-2, gr-10, gd-10, gr-100, gd-100"
@@ -121,8 +121,8 @@ BEYOND = {  # docs/beyond.md
     "solver": ", ".join(f"{base} --teacher-steps {n}" for base in ("gr", "gd")
                         for n in ("5", "5 --teacher-solver ipndm", "10")),
     "errors": "joint, finetune, gr, gd, lwf, noise",
-    "ewc": "gd, " + ", ".join(f"ewc --ewc {weight}{direction}" for weight in (150, 1500, 15000, 150000)
-                              for direction in ("", " --direction random"))}
+    "ewc": "gd, " + ", ".join(f"{base} --ewc {weight}" for base in ("ewc", "ewc-random")
+                              for weight in (150, 1500, 15000, 150000))}
 ACCURACY = "Table 2", "Table B.3", "Table B.4", "Table B.5"  # of the continual classifier
 INTRODUCTION = """# Results
 
@@ -276,6 +276,8 @@ def make_run(record, c):
     complete        whether it may stand beside the paper's values, at `place` (row) and `column` of PAPER
     row             sorts the tables; runs with the same row are averaged
     label, usual    what figures call it, and whether the main ones show it; count: teacher steps or buffer size
+    calls, variant  of the teacher in an update, and what of it departs from the preset: ", ipndm", ", analytic"
+    style           of its curve
     denoise         {task: ten errors by noise, on test images of task 1}, see eval_fid.py
     curve, logits   of a model that classifies (JDCL): {update: accuracy of task 1's images}, and the histogram of the
                     largest logits, {"real" or "replayed": (shares, edges)}
@@ -300,12 +302,14 @@ def make_run(record, c):
 
     steps, images, known = c.get("teacher_steps"), c.get("buffer_size"), list(COLOURS)
     r.count, r.usual = int(steps or images or 0), steps == c.get("preset", {}).get("teacher_steps", steps)
+    r.calls, r.style = int(steps or 0), {10: "s--", 100: "^:", 1000: "D-."}.get(r.count, "o-")
+    r.variant = "".join(f", {r.departs[key]}" for key in ("teacher_solver", "first_step") if key in r.departs)
     r.label = r.name if r.curve else r.title + (f", {steps} steps" if steps else f", {images} images" if images else "")
     r.row = (known.index(r.method) if r.method in known else len(known), r.method, r.count, r.base, len(r.departs),
              json.dumps(r.departs), r.done, sum(r.updates[:r.done]), c.get("script", ""))
     r.place = r.base + "".join(f" --{key.replace('_', '-')}" + f" {value}" * (value is not True)
                                for key, value in r.departs.items() if key not in ("precision", "tasks"))
-    if c.get("script") not in (None, COMMANDS.get(r.base, "").partition(" ")[0]):
+    if c.get("script") not in (None, COMMANDS.get(r.base, COMMANDS.get(r.method, "")).partition(" ")[0]):
         r.place = None  # of a copy of a script, whatever it calls its method
     r.column = r.dataset + (f" --tasks {r.tasks}" if "tasks" in r.departs else "")
     return r
@@ -468,10 +472,9 @@ def plot(panels):
     for i, (x_label, y_label, curves) in enumerate(panels, 1):
         axes = figure.add_subplot(1, len(panels), i, xlabel=x_label, ylabel=y_label)
         for r, x, means, errors in filter(None, curves):
-            style = {10: "s--", 100: "^:", 1000: "D-."}.get(r.count, "o-") if len(x) < 20 else "-"
             label = textwrap.fill(r.label, 40)
-            handles[label] = axes.errorbar(x, means, errors, fmt=style, color=r.colour, markersize=4, capsize=3,
-                                           errorevery=max(1, len(x) // 20))
+            handles[label] = axes.errorbar(x, means, errors, fmt=r.style if len(x) < 20 else "-", color=r.colour,
+                                           markersize=4, capsize=3, errorevery=max(1, len(x) // 20))
         axes.set(ylim=(0, None), xlim=(None if x_label == "task" else 0, None))
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=x_label == "task"))
         axes.spines[["top", "right"]].set_visible(False)
@@ -556,6 +559,22 @@ def denoising_figure(bases):
                  for when, curves in zip(("after the last task", "over that after task 1"), panels)])
 
 
+def calls_figure(runs):
+    """Quality over the calls of the teacher, by method, solver and first step; None if no run departs in these two."""
+    runs = [r for r in runs if r.calls and "lam" not in r.departs]
+    quality, curves = commonest(runs, "fid") or commonest(runs, "frd"), []
+    if not quality or not any(r.variant for r in runs):
+        return None
+    styles = dict(zip(sorted({r.variant for r in runs}), ("o-", "s--", "^:", "D-.")))
+    for (title, variant), same in itertools.groupby(
+            sorted(runs, key=lambda r: (r.title, r.variant)), key=lambda r: (r.title, r.variant)):
+        same = list(same)
+        points = [(n, [r for r in same if r.calls == n], None) for n in sorted({r.calls for r in same})]
+        about = SimpleNamespace(label=title + variant, style=styles[variant], colour=same[0].colour)
+        curves += [(about, *found[1:]) for found in [curve(points, *quality)] if found]
+    return plot([("teacher calls in an update", METRICS[quality[0]][0], curves)])
+
+
 def curve_figures(bases, sweeps):
     """(name, figure): quality over tasks, error by noise, and quality over lambda."""
     runs = sum([*bases.values(), *sweeps.values()], [])
@@ -633,16 +652,19 @@ def jdcl_figures(runs):
 def figures(runs, out, device):
     """Draw all figures whose runs are there, for each dataset and what departs from its presets; return their names."""
     def family(r):
-        scale, lam = f"-{r.scale}" * (r.scale != "paper"), f"-lam{r.departs.get('lam')}"
-        return r.dataset_name, scale if r.curve else r.name.removeprefix(r.base).replace(lam, ""), bool(r.curve)
+        scale, departs = f"-{r.scale}" * (r.scale != "paper"), r.name.removeprefix(r.base)
+        for swept in f"-lam{r.departs.get('lam')}", r.variant.replace(", ", "-"):
+            departs = departs.replace(swept, "")
+        return r.dataset_name, scale if r.curve else departs, bool(r.curve)
 
     made = []
     for (dataset, departs, classifies), some in itertools.groupby(sorted(runs, key=family), key=family):
         some, bases, sweeps = list(some), {}, {}
         for r in some:
-            (sweeps if "lam" in r.departs else bases).setdefault(r.base, []).append(r)
+            if not r.variant:
+                (sweeps if "lam" in r.departs else bases).setdefault(r.base, []).append(r)
         drawn = jdcl_figures(some) if classifies else itertools.chain(
-            curve_figures(bases, sweeps), sample_figures(bases, device))
+            curve_figures(bases, sweeps), sample_figures(bases, device), [("calls", calls_figure(some))])
         for name, figure in drawn:
             if figure:
                 about = ", ".join(filter(None, [some[0].dataset_title, departs[1:], figure.get_suptitle()]))
