@@ -54,7 +54,7 @@ METHODS = {"generated": ("gr", "Generative replay"), "buffer": ("er", "Experienc
 
 
 def get_args(argv=None):
-    parser = run.parser(__doc__, __file__)
+    parser = run.parser(__doc__, __file__)  # --help shows the docstring
     add = parser.add_argument
     add("--dataset", default="fashion-mnist", type=data.dataset, metavar="NAME|FOLDER",
         help=f"{', '.join(data.DATASETS)} or a folder of class folders (default: fashion-mnist)")
@@ -117,7 +117,7 @@ def get_args(argv=None):
 def diffuse(x_0, abar):
     """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, each image with its own t from 0 .. T-1 and eps ~ N(0, I).
 
-    x_t, t, eps of the whole batch; with torchrun of this process's share of it.
+    Of the three torchrun's processes draw all and return their share of the batch, so that many follow one.
     """
     t = torch.randint(T, (len(x_0),), device=x_0.device)
     eps = torch.randn_like(x_0)
@@ -218,7 +218,7 @@ def main(argv=None):
         part_new = 1 / k if replaying else 1.0  # weight of the new images in the loss
         kept = torch.cat(memory["buffer"]) if replaying and args.source == "buffer" else None
         # DEVIATION: as in the released runs, and unsaid in the paper, Adam starts afresh with every task and the norm
-        # of the gradient is clipped at 1.
+        # of the gradient is clipped at 1. It is fused into one kernel where that is there; a CUDA graph can record it.
         optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=device.type != "mps", capturable=graphs)
         prev.load_state_dict(state.get("prev", model.state_dict()))  # of task k-1: the model as it is, or was saved
         log = torch.zeros(end, len(LOG), device=device)  # a row for each update
