@@ -114,7 +114,7 @@ def get_args(argv=None):
 def diffuse(x_0, abar):
     """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, each image with its own t from 0 .. T-1 and eps ~ N(0, I).
 
-    Of the three torchrun's processes draw all and return their share of the batch, so that many follow one.
+    Returns x_t, t, eps. With torchrun each process draws the noise of the whole batch and returns its own share.
     """
     t = torch.randint(T, (len(x_0),), device=x_0.device)
     eps = torch.randn_like(x_0)

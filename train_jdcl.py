@@ -169,7 +169,7 @@ def update_ema(ema, model, n):
 def diffuse(x_0, abar):
     """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, each image with its own t from 0 .. T-1 and eps ~ N(0, I).
 
-    x_t, t, eps of the whole batch; with torchrun of this process's share of it.
+    Returns x_t, t, eps. With torchrun each process draws the noise of the whole batch and returns its own share.
     """
     t = torch.randint(T, (len(x_0),), device=x_0.device)
     eps = torch.randn_like(x_0)
