@@ -3,6 +3,7 @@
     info(dataset, data_dir) -> Info(name, title, classes, channels, size, like)
     load_images(dataset, split, data_dir, image_size) -> u8 (N, C, S, S) uint8, y (N,) int64
     class_tasks(n_classes, tasks, order, seed) -> [[class, ...], ...], the classes of each task
+    indices(y, class_tasks) -> [(n,), ...], the images of each task
     normalize(u8) -> x_0 in [-1, 1], quantize(x) -> u8: the two places where pixels change range
     diffusion_view, weak_view, strong_view: u8 (B, C, S, S) -> the same, each image varied at random
 
@@ -170,6 +171,11 @@ def class_tasks(n_classes, tasks, order, seed):
         raise InputError(f"--tasks {tasks}, but the class order {order!r} states {len(groups)}: give another "
                          "--class-order (random, natural or your own)")
     return groups[:tasks]
+
+
+def indices(y, class_tasks):
+    """For each task the indices of its images, (n,) each, in the classes y (N,) of all."""
+    return [torch.isin(y, torch.tensor(classes, device=y.device)).nonzero().flatten() for classes in class_tasks]
 
 
 def resize(images, side):

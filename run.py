@@ -313,8 +313,7 @@ def share(x):
     evenly, so that a mean over the batch is always the mean of the processes' means.
 
     Every process draws all random numbers of an update, for the whole batch, and computes with its rows alone: so N
-    processes follow one. If old images come first in the batch, they do in
-    each share.
+    processes follow one. If old images come first in the batch, they do in each share.
     """
     return x[rank::world] if len(x) % world == 0 else x
 

@@ -189,7 +189,7 @@ def summary(correct, total):
 def load_split(args, split):
     """Images u8 (N, C, H, W) and classes y (N,) of a split, and for each task the numbers of its images."""
     u8, y = data.load_images(args.dataset, split, args.data_dir, args.image_size)
-    of_task = [torch.isin(y, torch.tensor(classes)).nonzero().squeeze(1) for classes in args.class_tasks]
+    of_task = data.indices(y, args.class_tasks)
     for k, (index, classes) in enumerate(zip(of_task, args.class_tasks), 1):
         if not len(index):
             raise InputError(f"task {k}, classes {classes}, has no training or no test images")

@@ -1,4 +1,4 @@
-"""Generative distillation of a diffusion model with rank-1 elastic weight consolidation: does the one add to the other?
+"""Generative distillation of a diffusion model with rank-1 elastic weight consolidation (EWC).
 
 A diffusion model learns a sequence of tasks, two new classes at a time, without keeping old images. Before task k a
 copy of the model is frozen. At every update the copy draws, with a few DDIM steps, as many images as the batch has, and
@@ -9,13 +9,14 @@ the model learns to denoise the new images, and on the replayed ones to predict 
     x_r = DDIM(prev), x_r_t = sqrt(abar_t_r) x_r + sqrt(1 - abar_t_r) eps_r
     u_j = mu_j / |mu_j|, mu_j = E[g], c_j = E[(u_j . g)^2]
 
-theta are the weights, theta_j those after task j, g the gradients of |eps - model(x_t, t)|^2 on images of task j there.
-The Fisher matrix E[g g^T] is taken for c u u^T, so that the weights are held back along one direction a task.
+theta are the weights, theta_j those after task j. There g are the gradients of |eps - model(x_t, t)|^2, the mean over
+elements, on images of task j. The Fisher matrix E[g g^T] is taken for c u u^T, so that each task holds the weights back
+along one direction.
 
 Masip et al., "Continual Learning of Diffusion Models with Generative Distillation", arXiv 2311.14028, Section 3.
 Wang et al., arXiv 2509.23593v2, Section 3: there c mu mu^T with c = E[(mu . g)^2] / |mu|^4, which is the same.
 
-Without arguments it is the paper's run on Fashion-MNIST, for a GPU. A minute and a half on a laptop, no download:
+Without arguments it is train_gd.py's run on Fashion-MNIST with EWC, for a GPU. A quick look, no download:
 
     python train_ewc.py --dataset shapes --scale laptop
 """
@@ -46,12 +47,12 @@ CIFAR = dict(PAPER, length=("epochs", [200.0]), batch_size=64, unet="cifar10", f
 SMALL = dict(PAPER, length=("iterations", [1500, 800]), batch_size=32, lr=5e-4, unet="laptop", image_size=16,
              draw_ahead=1)
 LAPTOP = dict(SMALL, length=("iterations", [600, 150]), lr=2e-3,
-              class_order="0,1|2,7|8,9")  # three tasks; these garments look different even at 16x16
+              class_order="0,1|2,7|8,9")  # three tasks; of Fashion-MNIST, garments that differ even at 16x16
 GREY = {"paper": PAPER, "small": SMALL, "laptop": LAPTOP}
 COLOUR = {"paper": CIFAR, "small": dict(SMALL, unet="laptop-rgb", flip=True),
           "laptop": dict(LAPTOP, unet="laptop-rgb", flip=True)}
-PRESETS = {  # the paper's runs (Sections 4 and A.1), the same in miniature, and a minute and a half on a laptop. Of a
-    # length with several values, one a task, the last repeats.
+PRESETS = {  # the paper's runs (Sections 4 and A.1), the same in miniature, and a minute and a half on a laptop. A
+    # length has one value for each task; the last one repeats.
     "fashion-mnist": GREY, "shapes": GREY, "cifar10": COLOUR, "cifar100": COLOUR,
     "imagenet100": COLOUR | {"paper": dict(CIFAR, image_size=64)},
 }
@@ -63,15 +64,15 @@ def get_args(argv=None):
     add = parser.add_argument
     add("--dataset", default="fashion-mnist", type=data.dataset, metavar="NAME|FOLDER",
         help=f"{', '.join(data.DATASETS)} or a folder of class folders (default: fashion-mnist)")
-    add("--ewc", type=run.positive(float, zero=True), default=15000.0, help="weight of the penalty (paper: 15000)")
+    add("--ewc", type=run.positive(float, zero=True), default=15000.0, help="weight of the penalty (Wang: 15000)")
     add("--direction", default="mean", choices=list(METHODS), dest="source", help="u: of the mean gradient, or random")
-    add("--ewc-images", type=run.positive(int), default=10000, help="images of a task for mu (paper: 10000)")
+    add("--ewc-images", type=run.positive(int), default=10000, help="images of a task for mu (Wang: 10000)")
     add("--fisher-images", type=run.positive(int), default=500, help="other images of a task for c, one at a time")
     add("--lambda", "--lambd", dest="lam", type=run.positive(float), default=0.75, help="of the distillation (GD)")
     add("--teacher-steps", type=run.positive(int, T), help="DDIM steps of the previous model (paper: 2, CIFAR-10 10)")
     add("--teacher-solver", choices=["ddim", "ipndm"], help="paper: ddim; ipndm: of higher order (see ddim.py)")
-    add("--first-step", choices=["network", "analytic"], help="analytic: one more, without a call of the model")
-    add("--draw-ahead", type=run.positive(int, 1e4), help="updates whose replay is drawn at once (paper: 8)")
+    add("--first-step", choices=["network", "analytic"], help="analytic: one more, without the model (see ddim.py)")
+    add("--draw-ahead", type=run.positive(int, 1e4), help="updates whose replay is drawn at once: faster (at 16x16: 1)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=run.per_task(float, "epochs"), dest="length", metavar="E",
                         help="passes over the images of a task: E, or E1,E2,... (paper: 100, CIFAR-10 200)")
@@ -87,10 +88,10 @@ def get_args(argv=None):
     # A first look finds the preset. It becomes the defaults of the parser, so that the command line wins.
     first, _ = parser.parse_known_args(argv)
     info = data.info(first.dataset, first.data_dir)
-    preset = dict(PRESETS[info.like][first.scale])
+    preset = dict(PRESETS[info.like][first.scale])  # a folder of pictures is like some dataset
     if info.name not in data.DATASETS:
         preset["class_order"] = "random"  # images of one's own may have fewer classes than a stated order
-    preset["tasks"] = data.count_tasks(first.class_order or preset["class_order"])
+    preset["tasks"] = data.count_tasks(first.class_order or preset["class_order"])  # as many as it states, else 5
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
     departs = run.departures(parser, args, "source", "teacher_steps")
@@ -105,7 +106,7 @@ def get_args(argv=None):
         parser.error(why)
 
     args.class_tasks = data.class_tasks(len(info.classes), args.tasks, args.class_order, args.seed)
-    run.describe(args, parser, info, preset, departs)
+    run.describe(args, parser, info, preset, departs)  # adds args.name, args.preset and more for config.json
     return args
 
 
@@ -136,7 +137,7 @@ def losses(model, x_t, t, eps, replayed):
     if replayed is None:
         return F.mse_loss(model(x_t, t), eps), torch.zeros((), device=x_t.device)
     x_r_t, t_r, target_r = replayed
-    pred = model(torch.cat([x_t, x_r_t]), torch.cat([t, t_r]))  # one forward for both halves: (2B, C, H, W)
+    pred = model(torch.cat([x_t, x_r_t]), torch.cat([t, t_r]))  # one forward for both: (2B, C, H, W)
     return F.mse_loss(pred[:len(eps)], eps), F.mse_loss(pred[-len(target_r):], target_r)  # the first and last rows
 
 
@@ -149,30 +150,32 @@ def gradient(args, model, u8, abar, autocast):
         loss, _ = losses(model, x_t, t, eps, None)
     model.zero_grad()
     loss.backward()
-    run.average(model, [loss])  # and the gradients, where several processes share the batch
+    run.average(model, [loss])  # all p.grad, where several processes share the batch
     return parameters_to_vector(p.grad for p in model.parameters())
 
 
-# DEVIATION: the paper's GD has weight 1 for new images and for distillation, class labels, and replay from a pool; here
-# GD is that of train_gd.py. Its c is of all images of mu, one at a time; here of fewer, and others.
-
 def consolidate(args, model, u8, abar, autocast, k):
-    """[u (P,), c, u . theta_k, share] of task k, whose images are u8; the gradients of c are of other images than mu's.
+    """{"direction": u (P,), "c", "at": u . theta_k, "explained"} of task k, whose images are u8.
 
-    share = E[(u . g)^2] / E[|g|^2] is what u explains of the squared gradients. Of a random u it is 1 / P.
+    The gradients of c are of other images than mu's, one at a time. E[(u . g)^2] / E[|g|^2] is what u explains of the
+    squared gradients: with a random u on average 1 / P.
     """
+    # DEVIATION: the paper's GD weighs new images and distillation alike, knows class labels, and replays from a pool;
+    # here it is that of train_gd.py. Its c is of the very images of mu; here of others, and fewer.
     reseed(args.seed, "consolidation", k)
     u8 = u8[torch.randperm(len(u8), device=u8.device)]
-    alone = min(args.fisher_images, len(u8) // 2)
-    batches = u8[alone:][:args.ewc_images].split(args.batch_size)
-    mu = sum(len(batch) * gradient(args, model, batch, abar, autocast) for batch in batches)
-    u = mu if args.source == "mean" else torch.randn_like(mu)
-    u = u / u.norm()
-    along, whole = torch.zeros((), device=u.device), torch.zeros((), device=u.device)
-    for image in u8[:alone].split(1):
+    n = min(args.fisher_images, len(u8) // 2)
+    mu = sum(len(part) * gradient(args, model, part, abar, autocast)
+             for part in u8[n:][:args.ewc_images].split(args.batch_size))
+    direction = mu if args.source == "mean" else torch.randn_like(mu)
+    direction = direction / direction.norm()
+    c, whole = torch.zeros((), device=mu.device), torch.zeros((), device=mu.device)
+    for image in u8[:n].split(1):
         g = gradient(args, model, image, abar, autocast)
-        along, whole = along + u.dot(g).square() / alone, whole + g.dot(g) / alone
-    return [u, along, u.dot(parameters_to_vector(model.parameters()).detach()), along / whole]
+        c, whole = c + direction.dot(g).square() / n, whole + g.dot(g) / n
+    print(f"task {k}: its direction explains {float(c / whole):.2g} of the squared gradients", flush=True)
+    at = direction.dot(parameters_to_vector(model.parameters()).detach())
+    return {"direction": direction, "c": c, "at": at, "explained": c / whole}
 
 
 # ------------------------------------------------------------------------------------------------------ train
@@ -180,8 +183,8 @@ def consolidate(args, model, u8, abar, autocast, k):
 def batches(args, prev, abar, autocast, index, shape, k, begin, end):
     """The updates u = begin .. end - 1 of task k, each with its inputs: u, i, and where prev draws the replay x_r too.
 
-    i (B,) are the numbers of new images, out of `index`. x_r (B, C, H, W) is part of what prev has drawn at once for
-    args.draw_ahead updates; `shape` is (C, H, W).
+    i (B,) are indices of new images, out of `index`. x_r (B, C, H, W), floats in [-1, 1], is part of what prev has
+    drawn at once for args.draw_ahead updates; `shape` is (C, H, W).
     """
     epoch_length = math.ceil(len(index) / args.batch_size)  # the last, smaller batch is kept
     for u in range(begin, end):
@@ -210,7 +213,7 @@ def main(argv=None):
 
     # Data: one uint8 tensor on the device; a batch is an index into it.
     images, labels = (x.to(device) for x in data.load_images(args.dataset, "train", args.data_dir, args.image_size))
-    of_task = [sum(labels == c for c in classes).nonzero().flatten() for classes in args.class_tasks]  # (n,) each
+    of_task = data.indices(labels, args.class_tasks)
     sizes, shape = [len(index) for index in of_task], images.shape[1:]  # images are (N, C, H, W)
     updates = run.count_updates(args.length, args.batch_size, sizes)
 
@@ -220,7 +223,7 @@ def main(argv=None):
     if args.init:
         run.load_weights(model, args.init)
     model.to(device)
-    prev = copy.deepcopy(model).eval().requires_grad_(False)  # the model of task k-1, one module for the whole run
+    prev = copy.deepcopy(model).eval().requires_grad_(False)  # gets the weights of task k-1; so it is compiled once
     nets = 2  # that the method needs: the model and prev
     config = dict(vars(args), updates=updates, parameters=nets * sum(p.numel() for p in model.parameters()),
                   preset_updates=run.count_updates(args.preset["length"], args.preset["batch_size"], sizes))
@@ -233,7 +236,7 @@ def main(argv=None):
     state = run.latest(folder, args.tasks, device) or {
         "task": 1, "update": 0, "model": model.state_dict(), "memory": {}}
     model.load_state_dict(state["model"])
-    memory = state["memory"]  # what the method keeps of old tasks beside the model, such as a buffer
+    memory = state["memory"]  # what a method keeps of old tasks beside the model, as a buffer in train_gr.py
     progress = run.Progress(folder, state, updates, device)
 
     for k in range(state["task"], args.tasks + 1):
@@ -241,11 +244,11 @@ def main(argv=None):
         every = max(1, min(50, end // 20))  # a record is a mean over the updates since the last multiple of `every`
         replaying = k > 1
         part_new = 1 / k if replaying else 1.0  # weight of the new images in the loss
-        old = memory.get("ewc", [])  # of each old task what `consolidate` returns
+        old = memory.get("ewc", [])  # of each old task what `consolidate` has returned
         # DEVIATION: as in the released runs, and unsaid in the paper, Adam starts afresh with every task and the norm
         # of the gradient is clipped at 1. It is fused into one kernel where that is there; a CUDA graph can record it.
         optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=device.type != "mps", capturable=graphs)
-        prev.load_state_dict(state.get("prev", model.state_dict()))  # of task k-1: the model as it is, or was saved
+        prev.load_state_dict(state.get("prev", model.state_dict()))  # "prev" is in a checkpoint inside this task
         log = torch.zeros(end, len(LOG), device=device)  # a row for each update
         if state["update"]:  # the run was stopped inside this task
             run.restore(optimizer, state["optimizer"])
@@ -259,14 +262,14 @@ def main(argv=None):
                 replayed = replay(prev, x_r, abar) if replaying else None
                 loss_new, loss_replay = losses(model, x_t, t, eps, replayed)
             theta = parameters_to_vector(model.parameters())
-            pulls = (c / 2 * (u.dot(theta) - at).square() for u, c, at, _ in old)
+            pulls = (task["c"] / 2 * (task["direction"].dot(theta) - task["at"]).square() for task in old)
             loss_ewc = sum(pulls, torch.zeros((), device=device))
             loss = part_new * loss_new + (1 - part_new) * args.lam * loss_replay + args.ewc * loss_ewc
             optimizer.zero_grad()
             loss.backward()
             means = run.average(model, [loss, loss_new, loss_replay, loss_ewc])
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            run.skip_if_broken(optimizer, norm)  # then the next step changes nothing
+            run.skip_if_broken(optimizer, norm)  # if the norm is not finite, the step changes nothing
             optimizer.step()
             return torch.cat([means, norm[None]])
 
@@ -291,13 +294,13 @@ def main(argv=None):
                     "task": k, "update": done, "model": model.state_dict(), "memory": memory, "log": log,
                     "prev": prev.state_dict(), "optimizer": optimizer.state_dict()})
 
-        # A task is learned once its weights are saved. The picture starts from the same 64 noises in every run.
+        # Until task<k>.pt is saved, a resumed run does this again. The picture starts from the same 64 noises in every
+        # run, drawn on the CPU, so that they are the same on every device.
         reseed("grid")
         with autocast, run.eager(args.compile):
             x_0 = sample(model, torch.randn(64, *shape).to(device), abar, args.sample_steps)
         run.save_picture(folder / "samples" / f"task{k}.png", data.quantize(x_0), columns=8)
         memory["ewc"] = [*old, consolidate(args, model, images[index], abar, autocast, k)]
-        print(f"task {k}: u explains {float(memory['ewc'][-1][3]):.2g} of the squared gradients", flush=True)
         run.save(folder / f"task{k}.pt", {"task": k, "model": model.state_dict(), "memory": memory, "config": config})
         state = {"update": 0}  # at which the next task begins
         if k < args.tasks:

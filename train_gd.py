@@ -39,12 +39,12 @@ CIFAR = dict(PAPER, length=("epochs", [200.0]), batch_size=64, unet="cifar10", f
 SMALL = dict(PAPER, length=("iterations", [1500, 800]), batch_size=32, lr=5e-4, unet="laptop", image_size=16,
              draw_ahead=1)
 LAPTOP = dict(SMALL, length=("iterations", [600, 150]), lr=2e-3,
-              class_order="0,1|2,7|8,9")  # three tasks; these garments look different even at 16x16
+              class_order="0,1|2,7|8,9")  # three tasks; of Fashion-MNIST, garments that differ even at 16x16
 GREY = {"paper": PAPER, "small": SMALL, "laptop": LAPTOP}
 COLOUR = {"paper": CIFAR, "small": dict(SMALL, unet="laptop-rgb", flip=True),
           "laptop": dict(LAPTOP, unet="laptop-rgb", flip=True)}
-PRESETS = {  # the paper's runs (Sections 4 and A.1), the same in miniature, and a minute and a half on a laptop. Of a
-    # length with several values, one a task, the last repeats.
+PRESETS = {  # the paper's runs (Sections 4 and A.1), the same in miniature, and a minute and a half on a laptop. A
+    # length has one value for each task; the last one repeats.
     "fashion-mnist": GREY, "shapes": GREY, "cifar10": COLOUR, "cifar100": COLOUR,
     "imagenet100": COLOUR | {"paper": dict(CIFAR, image_size=64)},
 }
@@ -63,8 +63,8 @@ def get_args(argv=None):
     add("--lambda", "--lambd", dest="lam", type=run.positive(float), help="of the distillation (paper: 0.75, 1.25, 8)")
     add("--teacher-steps", type=run.positive(int, T), help="DDIM steps of the previous model (paper: 2, CIFAR-10 10)")
     add("--teacher-solver", choices=["ddim", "ipndm"], help="paper: ddim; ipndm: of higher order (see ddim.py)")
-    add("--first-step", choices=["network", "analytic"], help="analytic: one more, without a call of the model")
-    add("--draw-ahead", type=run.positive(int, 1e4), help="updates whose replay is drawn at once (paper: 8)")
+    add("--first-step", choices=["network", "analytic"], help="analytic: one more, without the model (see ddim.py)")
+    add("--draw-ahead", type=run.positive(int, 1e4), help="updates whose replay is drawn at once: faster (at 16x16: 1)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=run.per_task(float, "epochs"), dest="length", metavar="E",
                         help="passes over the images of a task: E, or E1,E2,... (paper: 100, CIFAR-10 200)")
@@ -80,16 +80,16 @@ def get_args(argv=None):
     # A first look finds the preset. It becomes the defaults of the parser, so that the command line wins.
     first, _ = parser.parse_known_args(argv)
     info = data.info(first.dataset, first.data_dir)
-    preset = dict(PRESETS[info.like][first.scale])
+    preset = dict(PRESETS[info.like][first.scale])  # a folder of pictures is like some dataset
     if info.name not in data.DATASETS:
         preset["class_order"] = "random"  # images of one's own may have fewer classes than a stated order
-    preset["tasks"] = data.count_tasks(first.class_order or preset["class_order"])
+    preset["tasks"] = data.count_tasks(first.class_order or preset["class_order"])  # as many as it states, else 5
     preset["lam"] = {"generated": 0.75, "current": 1.25, "noise": 8.0}[first.source]
     if first.source != "generated":
-        preset.update(dict.fromkeys(DRAWING))
+        preset.update(dict.fromkeys(DRAWING))  # None: it does not apply
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
-    departs = run.departures(parser, args, "source", "teacher_steps")
+    departs = run.departures(parser, args, "source", "teacher_steps")  # but for these two, which are in args.base
     args.method, args.title = METHODS[args.source]
     count = args.teacher_steps
     args.base = f"{args.method}-{count}" if count else args.method  # the run's name begins with it, then what departs
@@ -105,7 +105,7 @@ def get_args(argv=None):
         parser.error(why)
 
     args.class_tasks = data.class_tasks(len(info.classes), args.tasks, args.class_order, args.seed)
-    run.describe(args, parser, info, preset, departs)
+    run.describe(args, parser, info, preset, departs)  # adds args.name, args.preset and more for config.json
     return args
 
 
@@ -123,9 +123,9 @@ def diffuse(x_0, abar):
 
 @torch.no_grad()
 def replay(args, prev, x_r, x_0, x_t, t, abar):
-    """The replayed half of a batch: noisy images x_r_t (B, C, H, W), their times t_r (B,), what to predict there."""
+    """The replayed half of a batch: up to B noisy images x_r_t (B, C, H, W), times t_r (B,), what to predict there."""
     if args.source == "current":
-        return x_t[:0], t[:0], prev(x_t, t)  # no second half: in `losses` the same outputs meet eps and this target
+        return x_t[:0], t[:0], prev(x_t, t)  # an empty x_r_t: in `losses` model(x_t, t) meets eps and this target
     if args.source == "noise":
         x_r_t, t_r = map(run.share, (torch.randn_like(x_0), torch.randint(T, (len(x_0),), device=x_0.device)))
     if args.source == "generated":
@@ -142,7 +142,7 @@ def losses(model, x_t, t, eps, replayed):
     if replayed is None:
         return F.mse_loss(model(x_t, t), eps), torch.zeros((), device=x_t.device)
     x_r_t, t_r, target_r = replayed
-    pred = model(torch.cat([x_t, x_r_t]), torch.cat([t, t_r]))  # one forward for both halves: (2B, C, H, W)
+    pred = model(torch.cat([x_t, x_r_t]), torch.cat([t, t_r]))  # one forward for both: (B + len(x_r_t), C, H, W)
     return F.mse_loss(pred[:len(eps)], eps), F.mse_loss(pred[-len(target_r):], target_r)  # the first and last rows
 
 
@@ -151,8 +151,8 @@ def losses(model, x_t, t, eps, replayed):
 def batches(args, prev, abar, autocast, index, shape, k, begin, end):
     """The updates u = begin .. end - 1 of task k, each with its inputs: u, i, and where prev draws the replay x_r too.
 
-    i (B,) are the numbers of new images, out of `index`. x_r (B, C, H, W) is part of what prev has drawn at once for
-    args.draw_ahead updates; `shape` is (C, H, W).
+    i (B,) are indices of new images, out of `index`. x_r (B, C, H, W), floats in [-1, 1], is part of what prev has
+    drawn at once for args.draw_ahead updates; `shape` is (C, H, W).
     """
     epoch_length = math.ceil(len(index) / args.batch_size)  # the last, smaller batch is kept
     for u in range(begin, end):
@@ -161,7 +161,7 @@ def batches(args, prev, abar, autocast, index, shape, k, begin, end):
             reseed(args.seed, "order", k, epoch)
             order = index[torch.randperm(len(index), device=index.device)]
         i = order[b * args.batch_size:(b + 1) * args.batch_size]
-        if k == 1 or not args.teacher_steps:
+        if k == 1 or args.source != "generated":
             yield u, i
             continue
         if u % args.draw_ahead == 0 or u == begin:  # a resumed run draws all of them again
@@ -181,7 +181,7 @@ def main(argv=None):
 
     # Data: one uint8 tensor on the device; a batch is an index into it.
     images, labels = (x.to(device) for x in data.load_images(args.dataset, "train", args.data_dir, args.image_size))
-    of_task = [sum(labels == c for c in classes).nonzero().flatten() for classes in args.class_tasks]  # (n,) each
+    of_task = data.indices(labels, args.class_tasks)
     sizes, shape = [len(index) for index in of_task], images.shape[1:]  # images are (N, C, H, W)
     updates = run.count_updates(args.length, args.batch_size, sizes)
 
@@ -191,7 +191,7 @@ def main(argv=None):
     if args.init:
         run.load_weights(model, args.init)
     model.to(device)
-    prev = copy.deepcopy(model).eval().requires_grad_(False)  # the model of task k-1, one module for the whole run
+    prev = copy.deepcopy(model).eval().requires_grad_(False)  # gets the weights of task k-1; so it is compiled once
     nets = 2  # that the method needs: the model and prev
     config = dict(vars(args), updates=updates, parameters=nets * sum(p.numel() for p in model.parameters()),
                   preset_updates=run.count_updates(args.preset["length"], args.preset["batch_size"], sizes))
@@ -204,7 +204,7 @@ def main(argv=None):
     state = run.latest(folder, args.tasks, device) or {
         "task": 1, "update": 0, "model": model.state_dict(), "memory": {}}
     model.load_state_dict(state["model"])
-    memory = state["memory"]  # what the method keeps of old tasks beside the model, such as a buffer
+    memory = state["memory"]  # what a method keeps of old tasks beside the model, as a buffer in train_gr.py
     progress = run.Progress(folder, state, updates, device)
 
     for k in range(state["task"], args.tasks + 1):
@@ -215,7 +215,7 @@ def main(argv=None):
         # DEVIATION: as in the released runs, and unsaid in the paper, Adam starts afresh with every task and the norm
         # of the gradient is clipped at 1. It is fused into one kernel where that is there; a CUDA graph can record it.
         optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=device.type != "mps", capturable=graphs)
-        prev.load_state_dict(state.get("prev", model.state_dict()))  # of task k-1: the model as it is, or was saved
+        prev.load_state_dict(state.get("prev", model.state_dict()))  # "prev" is in a checkpoint inside this task
         log = torch.zeros(end, len(LOG), device=device)  # a row for each update
         if state["update"]:  # the run was stopped inside this task
             run.restore(optimizer, state["optimizer"])
@@ -233,7 +233,7 @@ def main(argv=None):
             loss.backward()
             means = run.average(model, [loss, loss_new, loss_replay])
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            run.skip_if_broken(optimizer, norm)  # then the next step changes nothing
+            run.skip_if_broken(optimizer, norm)  # if the norm is not finite, the step changes nothing
             optimizer.step()
             return torch.cat([means, norm[None]])
 
@@ -258,7 +258,8 @@ def main(argv=None):
                     "task": k, "update": done, "model": model.state_dict(), "memory": memory, "log": log,
                     "prev": prev.state_dict(), "optimizer": optimizer.state_dict()})
 
-        # A task is learned once its weights are saved. The picture starts from the same 64 noises in every run.
+        # Until task<k>.pt is saved, a resumed run does this again. The picture starts from the same 64 noises in every
+        # run, drawn on the CPU, so that they are the same on every device.
         reseed("grid")
         with autocast, run.eager(args.compile):
             x_0 = sample(model, torch.randn(64, *shape).to(device), abar, args.sample_steps)

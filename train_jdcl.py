@@ -205,8 +205,9 @@ def semi_supervised_losses(args, model, x_t, t, eps, x_strong, x_weak, x_l, y_l)
 def kd_mean(args, d, n, part):
     """Of distances d (B,), the first n of old classes: 2 mean(d), or mean(d_old) + mean(d_new).
 
-    `part` is that of old images in the whole batch. DEVIATION: the paper's formula is the second one, "group"; its
-    released code has weighed samples alike since September 2024.
+    `part` is that of old images in the whole batch; n / B is that in a process's share.
+    DEVIATION: the paper's formula is the second one, "group"; its released code has weighed samples alike since
+    September 2024.
     """
     if args.kd_weighting == "sample":
         return 2 * d.mean()
@@ -214,7 +215,7 @@ def kd_mean(args, d, n, part):
 
 
 def distillation_losses(args, model, old, new, n, part, x_t, t, eps, x_c, y):
-    """L_global of the top: the first n images have `old` for a teacher, the others `new`; "on" is that there is x_c."""
+    """L_global of the top: the first n images have `old` for a teacher, the others `new`; x_c is None while on = 0."""
     with torch.no_grad():
         target = torch.cat([old(x_t[:n], t[:n]), new(x_t[n:], t[n:])])
     pred = model(x_t, t)
@@ -269,7 +270,8 @@ def accuracy(counts):
 
 def measure(job, x_r=None):
     """Accuracies of job.ema by name, on test images; in stage 2 also on replayed images of old classes, x_r {c: u8}."""
-    classes = job.classes if job.n_global and not x_r else job.seen  # a local model knows the new classes alone
+    # Where a stage 2 is to come, without x_r it is a local model, which knows the new classes alone.
+    classes = job.classes if job.n_global and not x_r else job.seen
     counts, first = count(job.ema, job.test, classes), job.args.class_tasks[0]
     found = {"accuracy": accuracy(counts.values()), "accuracy_by_class": {c: accuracy([n]) for c, n in counts.items()}}
     if first[0] in classes:
@@ -462,7 +464,8 @@ def draw_and_label(job, previous, local):
         job.state = {"task": job.k, "update": job.n_local, "stage": "replay", "kept": {}}
         run.save_checkpoint(job.folder, job.state)
     x_r, about["old"] = draw(job, "old", job.learned, previous, job.old)
-    # The largest logits of real and of replayed images, in the same 40 bins, as in the paper's Figure 4.
+    # The largest logits of real and of replayed images, in the same 40 bins, as in the paper's Figure 4. They are of
+    # the old global model, with which `draw` has just drawn.
     largest = {name: classify(job.ema, torch.cat([images[c] for c in job.learned]).to(job.device)).amax(1)
                for name, images in (("real", job.test), ("replayed", x_r))}
     edges = np.histogram_bin_edges(torch.cat([*largest.values()]), 40)
@@ -493,7 +496,7 @@ def learn_global(job, previous, replay):
     # DEVIATION: the released batches are drawn at random from old and new together; at a fixed ratio the teachers'
     # batches keep their shapes.
     n_old = round(args.batch_size * len(learned) / len(job.seen))
-    n = sum(i < n_old for i in run.share(range(args.batch_size)))  # how many of them are in this process's share
+    n = sum(i < n_old for i in run.share(range(args.batch_size)))  # old ones in this process's share: they come first
 
     def losses(u):
         # DEVIATION: the released code counts validation batches too, and begins after 8,636 updates.
@@ -506,7 +509,8 @@ def learn_global(job, previous, replay):
             return one_stage_losses(args, job.model, job.old, n, *batch)
         return distillation_losses(args, job.model, job.old, job.new, n, n_old / args.batch_size, *batch)
 
-    # The last layer's rows of classes not seen so far begin anew: so far they have only learned not to be chosen.
+    # The last layer's rows of classes not seen so far begin anew: so far they have only learned not to be chosen. This
+    # changes `previous` in place, of which the teacher has its own copy.
     # DEVIATION: all released settings ask for this, but in the released code it no longer happens.
     last, unseen = f"head.{len(job.model.head) - 1}.weight", [c not in learned for c in range(len(args.class_names))]
     reseed(args.seed, "head", job.k)
@@ -575,7 +579,7 @@ def main(argv=None):
         train=train, labelled=labelled, test={c: u8.to(device) for c, u8 in test.items()},
         view={"strong": data.strong_view, "weak": data.weak_view}[args.classifier_view],
         shape=(model.in_channels, args.image_size, args.image_size),
-        model=model, ema=ema, count=0,  # the model that learns, and its moving average over so many updates
+        model=model, ema=ema, count=0,  # the model that learns; its average over so many updates, also to draw with
         old=old, new=new)               # the teachers of old and of new classes in stage 2
 
     for k in range(state["task"], args.tasks + 1):

@@ -256,7 +256,8 @@ def recorded_is_plain(gpu, main, script, *more):
 @pytest.mark.parametrize("script, more", [
     ("train_gr.py", ""), ("train_gr.py", "--replay none"), ("train_gr.py", "--replay buffer --buffer-size 50 --flip"),
     ("train_gr.py", "--replay all"), ("train_gd.py", "--draw-ahead 3"), ("train_gd.py", "--distill current"),
-    ("train_gd.py", "--distill noise")])
+    ("train_gd.py", "--distill noise"), ("train_gd.py", "--teacher-solver ipndm --first-step analytic"),
+    ("train_ewc.py", "--ewc-images 32 --fisher-images 3")])
 def test_a_recorded_update_is_the_plain_one(gpu, main, script, more):
     recorded_is_plain(gpu, main, script, *more.split())
 

@@ -45,7 +45,7 @@ def test_direction_curvature_and_share_of_known_gradients(monkeypatch):
     monkeypatch.setattr(train_ewc, "gradient", gradient)
     model, seen = torch.nn.Linear(8, 1), []
     u8 = torch.arange(26, dtype=torch.uint8).view(26, 1, 1, 1).expand(-1, 1, 16, 16)
-    u, c, at, share = train_ewc.consolidate(options(), model, u8, None, None, 1)
+    u, c, at, share = train_ewc.consolidate(options(), model, u8, None, None, 1).values()
     alone, together = [level for some in seen if len(some) == 1 for level in some], sum(seen[:3], [])
     assert [len(some) for some in seen] == [8, 8, 4] + [1] * 6 and sorted(alone + together) == list(range(26))
     mu = torch.tensor([sum(together) / 20, 1] + [0] * 7)
@@ -58,7 +58,7 @@ def test_direction_curvature_and_share_of_known_gradients(monkeypatch):
     assert_close(share, c / fisher.trace())
     assert not at.requires_grad
 
-    u, c, _, share = train_ewc.consolidate(options(source="random"), model, u8, None, None, 1)
+    u, c, _, share = train_ewc.consolidate(options(source="random"), model, u8, None, None, 1).values()
     assert u.norm() == pytest.approx(1) and u[2:].abs().max() > 0.1 and share < 0.9
     assert_close(c, u @ fisher @ u)
 
@@ -72,7 +72,7 @@ def test_the_loss_has_the_penalty_of_all_old_tasks(main, monkeypatch, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "two/metrics.jsonl").read_text().splitlines()]
     first, second = [r for r in records if r["task"] == 2]
     task1, moved = (torch.load(tmp_path / name, weights_only=True) for name in ("two/task1.pt", "one/task2.pt"))
-    (u, c, at, share), = task1["memory"]["ewc"]
+    u, c, at, share = task1["memory"]["ewc"][0].values()
     model = UNet(**TINY)
     model.load_state_dict(moved["model"])
     theta = parameters_to_vector(model.parameters()).detach()

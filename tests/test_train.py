@@ -392,8 +392,8 @@ def test_what_is_drawn_ahead(main, monkeypatch, module):
     few = data.load_images("shapes", "train", "data", 16)
     few = [torch.cat([x[few[1] == c][:10] for c in range(6)]) for x in few]  # 20 a task: batches of 8, 8 and 4
 
-    def note(*arguments):
-        x = sample(*arguments)
+    def note(*arguments, **more):
+        x = sample(*arguments, **more)
         drawn.append(x)
         return x
 
