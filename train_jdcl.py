@@ -7,10 +7,10 @@ which class they are of. Task k has two stages. In stage 1 a local model learns 
 
 where x_0 and x_c are two augmented views of an image. Then the global model of task k-1 draws and labels images of the
 old classes, the local model of the new ones. In stage 2 the global model learns from these alone. The model that drew
-an image is its teacher, whose prediction e_T and probabilities q_T are distilled:
+an image is its teacher, whose prediction e' and probabilities q' are distilled:
 
-    L_global = 2 |e_T - model(x_t, t)|^2 + beta |eps - model(x_t, t)|^2                               beta = 0.01
-             + on (2 alpha H(q_T, p) + beta alpha CE(p, y))               p = softmax(model.classify(x_c))
+    L_global = 2 |e' - model(x_t, t)|^2 + beta |eps - model(x_t, t)|^2                                beta = 0.01
+             + on (2 alpha H(q', p) + beta alpha CE(p, y))                p = softmax(model.classify(x_c))
 
 where "on" turns from 0 to 1 at update --classifier-start.
 
@@ -235,7 +235,7 @@ def distillation_losses(args, model, old, new, n, part, x_t, t, eps, x_c, y):
 def one_stage_losses(args, model, old, n, x_t, t, eps, x_c, y):
     """The ablation without a local model: the first n of B images are replayed and distil `old`, the others are real.
 
-    (1 - n/B) |eps - model|^2_real + n/B |e_T - model|^2_replayed + alpha (CE(p, y) + n/B H(q_T, p)_replayed)
+    (1 - n/B) |eps - model|^2_real + n/B |e' - model|^2_replayed + alpha (CE(p, y) + n/B H(q', p)_replayed)
 
     DEVIATION: in the released settings 5000 images of each old class are replayed; here as many as in two stages.
     """
@@ -388,17 +388,17 @@ def learn_local(job, previous):
     Out: job's weights; where stage 2 follows, they and their accuracy are saved in local<k>.pt.
     """
     args, classes = job.args, job.seen if job.args.source == "all" else job.classes
-    real, labelled = (images and pool(images, classes, job.device) for images in (job.train, job.labelled))
+    draw_real, draw_labelled = (images and pool(images, classes, job.device) for images in (job.train, job.labelled))
 
     def losses(u):
-        if not labelled:
-            u8, y = real(args.batch_size)
+        if not draw_labelled:
+            u8, y = draw_real(args.batch_size)
             batch = make_batch(job, args.crop[0], u8, (job.view, u8))
             return joint_losses(args, job.model, *batch, run.share(y))
         # DEVIATION: with 5 % of CIFAR-10's labels the released batch is half as big; with few labels its EMA has a
         # decay of 0.999 throughout.
         few = args.batch_size // 8
-        (u8_l, y_l), (u8, _) = labelled(few), real(args.batch_size - few)
+        (u8_l, y_l), (u8, _) = draw_labelled(few), draw_real(args.batch_size - few)
         x_t, t, eps, x_strong, x_l, x_weak = make_batch(
             job, args.crop[0], u8, (data.strong_view, u8), (data.weak_view, u8_l), (data.weak_view, u8))
         return semi_supervised_losses(args, job.model, x_t, t, eps, x_strong, x_weak, x_l, run.share(y_l))
@@ -406,8 +406,10 @@ def learn_local(job, previous):
     if job.k == 1 or args.local_init == "scratch":
         reseed(args.seed, "weights", job.k)
         scratch = build(args).state_dict()
-        previous = {"model": scratch, "raw": scratch, "count": 0}
-    learn(job, "local", previous, losses)
+        begin = {"model": scratch, "raw": scratch, "count": 0}
+    else:
+        begin = previous
+    learn(job, "local", begin, losses)
     if job.n_global:
         run.save(job.folder / f"local{job.k}.pt", {**snapshot(job), "accuracy": measure(job)["accuracy"]})
 
