@@ -44,11 +44,14 @@ BATCH, LR, R = 128, 1e-3, 2.0  # images of the current task, learning rate of Ad
 # DEVIATION: batches of 128 and 20 epochs, 1,880 updates of a task on Fashion-MNIST and 1,580 on CIFAR-10, as in the
 # released runs; the paper says 1,800 for both, and batches of 64 for CIFAR-10.
 # DEVIATION: the paper augments nothing; its released runs mirror CIFAR's images, here too.
-PAPER = dict(length=("epochs", [20.0]), pool=None, image_size=32, class_order="random")
-# On one core the replayed images of an update take a 16x16 model about a second. So these runs draw fewer.
-SMALL = dict(length=("iterations", [900]), pool=6400, image_size=16, class_order="random")
-LAPTOP = dict(SMALL, length=("iterations", [150, 60]), pool=None, class_order="0,1|2,7|8,9")
-PRESETS = {"paper": PAPER, "small": SMALL, "laptop": LAPTOP}  # of a target; a run takes the length and the pool
+PAPER = dict(length=("epochs", [20.0]), image_size=32, class_order="random")
+SMALL = dict(length=("iterations", [900]), image_size=16, class_order="random")
+LAPTOP = dict(SMALL, length=("iterations", [150, 60]), class_order="0,1|2,7|8,9")
+PRESETS = {"paper": PAPER, "small": SMALL, "laptop": LAPTOP}  # of a target
+# Of a run. On one core the replayed images of an update take a 16x16 model about a second, so small runs draw a pool.
+# With 900 updates of each task they would lose more of the old classes than with 250.
+REPLAYING = {"paper": dict(length=PAPER["length"], pool=None), "laptop": dict(length=LAPTOP["length"], pool=None),
+             "small": dict(length=("iterations", [900, 250]), pool=6400)}
 TARGETS = {"none": ("classifier-finetune", "Finetune (classifier)"), "all": ("classifier-joint", "Joint (classifier)")}
 WHAT = "name title base method departs dataset scale seed class_names".split()  # copied into classifier.json
 
@@ -71,7 +74,7 @@ def get_args(argv=None):
     length.add_argument("--epochs", type=run.per_task(float, "epochs"), dest="length", metavar="E",
                         help="passes over a task: E, or E1,E2,... (paper: 20)")
     length.add_argument("--iterations", type=run.per_task(int, "iterations"), dest="length", metavar="N",
-                        help="updates of a task, in place of epochs: N, or N1,N2,... (small: 900; laptop: 150,60)")
+                        help="updates of a task, in place of epochs: N, or N1,N2,... (small: 900, of a run 900,250)")
     add("--data-dir", help="where the dataset lies or is downloaded to (default: the run's, else data)")
     add("--device", default="auto", help="auto (CUDA, else mps, else cpu), cpu, mps, cuda or cuda:<i>")
     add("--restart", action="store_true", help="start over, whatever classifier.json holds")
@@ -119,11 +122,11 @@ def read_run(folder):
     keys = [*WHAT, "data_dir", "class_tasks", "image_size", "flip", "unet", "schedule", "sample_steps"]
     config = run.read_config(folder, keys)
     found = {key: config[key] for key in keys} | {"clip": config.get("clip", True)}
-    if found["unet"] not in NETS or found["scale"] not in PRESETS:
+    if found["unet"] not in NETS or found["scale"] not in REPLAYING:
         raise InputError(f"{folder} is of the net {found['unet']} and the scale {found['scale']}: add what is new to "
-                         "NETS of unet.py and PRESETS of train_classifier.py")
-    return dict(found, folder=folder, replay="generated", replay_loss="paper", steps=found["sample_steps"],
-                length=PRESETS[found["scale"]]["length"], pool=PRESETS[found["scale"]]["pool"])
+                         "NETS of unet.py and REPLAYING of train_classifier.py")
+    return dict(found, **REPLAYING[found["scale"]], folder=folder, replay="generated", replay_loss="paper",
+                steps=found["sample_steps"])
 
 
 # ---------------------------------------------------------------------------------------- network and losses

@@ -69,7 +69,8 @@ def test_a_run_brings_everything_but_the_recipe(fake):
     args = get_args([str(fake("other", scale="paper", flip=True)), "--steps", "20", "--replay-loss", "reversed"])
     assert (args.length, args.flip, args.steps, args.replay_loss) == (("epochs", [20.0]), True, 20, "reversed")
     small = get_args([str(fake("small", scale="small"))])
-    assert (small.length, small.pool, args.pool) == (("iterations", [900]), 6400, None)
+    assert (small.length, small.pool, args.pool) == (("iterations", [900, 250]), 6400, None)
+    assert get_args(["--replay", "all", "--scale", "small"]).length == ("iterations", [900])
     assert get_args([str(fake("third")), "--epochs", "2"]).length == ("epochs", [2.0])
     assert (train_classifier.BATCH, train_classifier.LR, R) == (128, 1e-3, 2)
 
@@ -370,7 +371,7 @@ def test_bad_runs(main, tmp_path, fake):
     config = json.loads((folder / "config.json").read_text())
     for bad, sentence in (*((text, "config.json is damaged") for text in ("{", "[]", "{}")),
                           (json.dumps(dict(config, unet="mine")), "add what is new to NETS"),
-                          (json.dumps(dict(config, scale="mine")), "PRESETS of train_classifier.py")):
+                          (json.dumps(dict(config, scale="mine")), "REPLAYING of train_classifier.py")):
         (folder / "config.json").write_text(bad)
         refused(main, sentence, "run", *QUICK)
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "task1.pt"]
