@@ -542,9 +542,10 @@ def curve(points, metric, conditions):
     return (found[0][0], *list(zip(*found))[1:]) if found else None
 
 
-def usual(figure, bases):
-    """The bases that this figure of the paper shows, with the preset's teacher steps."""
-    return [base for base, (r, *_) in bases.items() if r.method in ROWS[figure].split(", ") and r.usual]
+def usual(figure, bases, besides=()):
+    """The bases that this figure of the paper shows, and `besides`, all with the preset's teacher steps."""
+    methods = ROWS[figure].split(", ")
+    return [base for base, (r, *_) in bases.items() if r.usual and (r.method in methods or base in besides)]
 
 
 def denoising_figure(bases):
@@ -609,7 +610,9 @@ def sample_figures(bases, device):
     tasks = range(1, 1 + first.tasks)
     heads = [f"task {k}\n" + ", ".join(first.class_names[c] for c in first.class_tasks[k - 1]) for k in tasks]
     pictures = {base: [next(iter(samples(r, k, device)), None) for k in tasks] for base, r in shown.items()}
-    plans = {"figure2": usual("Figure 2", bases), "figure3": shown, "figure6": usual("Figure 6", bases)}
+    own = [base for base, r in shown.items() if r.method not in COLOURS]
+    plans = {"figure2": usual("Figure 2", bases), "figure3": usual("Figure 4", bases, own),
+             "figure6": usual("Figure 6", bases)}
     strips = enumerate(ROWS["Figure B.2"].split(", "), 13 if first.dataset == "cifar10" else 3)
     for name, wanted in (plans | {f"figureB{i}": [base] for i, base in strips}).items():
         rows = {shown[base].label: pictures[base] for base in wanted if base in shown}
