@@ -3,11 +3,12 @@
     python tests/claim.py                by the files in results/
     python tests/claim.py --train        first train what they lack into runs/, for many hours; then by both
 
-A claim is about means over the seeds that are there. It holds, FAILS (then the exit code is 1), or is not run where a
-row is missing.
+A claim is about means over the seeds that all its rows have. It holds, FAILS (then the exit code is 1), or is not run
+where a row is missing.
 """
 
 import argparse
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -56,11 +57,17 @@ def train():
 
 
 def collect(runs, metric, names):
-    """{row: (mean, standard error, number of seeds)} of the rows that have values, all measured in the same way."""
-    rows = {name: [r for r in runs if r.place == name] for name in names.split(", ")}
-    _, conditions = report.commonest(sum(rows.values(), []), metric) or (metric, ())
-    found = {name: report.values(same, metric).get(conditions) for name, same in rows.items()}
-    return {name: (*report.mean_and_error(v), len(v)) for name, v in found.items() if v}
+    """{row: (mean, standard error, number of seeds)}, over the seeds that all these rows have, measured in one way."""
+    measured = [(r.place, r.seed, tuple(c for c in conditions if "pool" not in c), v)  # a target has no pool
+                for r in runs if r.place in names.split(", ")
+                for (name, task, conditions), v in r.values.items() if name == metric and task == r.done]
+    usual, rows = statistics.mode([conditions for _, _, conditions, _ in measured] or [()]), {}
+    for row, seed, conditions, v in measured:
+        if conditions == usual:
+            rows.setdefault(row, {})[seed] = v
+    seeds = set.intersection(*map(set, rows.values())) if rows else ()
+    return {name: (*report.mean_and_error([rows[name][seed] for seed in sorted(seeds)]), len(seeds))
+            for name in names.split(", ") if name in rows and seeds}
 
 
 def judge(runs):
