@@ -31,7 +31,8 @@ def copy(folder, *names):
 
 
 @pytest.mark.parametrize("name, more", [("train_gr.py", ["--iterations", "2"]), ("train_gd.py", ["--iterations", "2"]),
-                                        ("train_ewc.py", ["--iterations", "2", "--fisher-images", "2"]),
+                                        ("train_ewc.py", ["--iterations", "2", "--ewc-images", "16",
+                                                          "--fisher-images", "2"]),
                                         ("train_jdcl.py", JDCL)])
 def test_a_train_script_needs_four_files_beside_it(tmp_path, name, more):
     copy(tmp_path, name, *SHARED)

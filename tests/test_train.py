@@ -464,7 +464,7 @@ def test_every_preset_does_two_updates_of_two_tasks(main, monkeypatch, tmp_path,
     else:
         monkeypatch.setattr(data, "load_images", few)
     for module in (train_gr, train_gd):
-        monkeypatch.setattr(module, "sample", lambda net, x_T, *how: sample(net, x_T[:4], *how))
+        monkeypatch.setattr(module, "sample", lambda net, x_T, *how, **more: sample(net, x_T[:4], *how, **more))
     done = main(name, "--dataset", dataset, "--batch-size", "2", "--teacher-steps", "2", "--iterations", "2",
                 "--draw-ahead", "2", "--sample-steps", "1", "--tasks", "2", "--device", "cpu", "--out", "run", *more)
     assert done.returncode == 0, done.stderr
