@@ -520,7 +520,7 @@ def generate(model, c, abar, args, name):
 def denoising_errors(model, u8, abar, seed):
     """The mean over images u8 (N, C, H, W) and pixels of |eps - model(x_t, t)|^2 for t in 0 .. 99, ..., 900 .. 999.
 
-    Ten floats. Of each ten each image has one t and one eps, the same for every model.
+    Ten floats. In each bin every image has one t and one eps, the same for every model.
     """
     errors = []
     for low in range(0, T, 100):
@@ -582,11 +582,11 @@ def evaluate_run(folder, args, device):
         networks["fid"] = fid
         warn_if_few(c.n)
     reference_digest, abar = data.digest(d.u8_test, d.y_test), alpha_bar(c.schedule).to(device)
-    of_task1 = d.u8_test[torch.isin(d.y_test, torch.tensor(c.class_tasks[0]))][:500]
+    of_task1 = d.u8_test[data.indices(d.y_test, c.class_tasks)[0][:500]]
     for k in tasks:
         begun, file = time.perf_counter(), folder / f"task{k}.pt"
         seen = sorted(sum(c.class_tasks[:k], []))
-        real, pool = (torch.isin(y, torch.tensor(seen)).nonzero().squeeze(1) for y in (d.y_test, d.y))
+        real, pool = (data.indices(y, [seen])[0] for y in (d.y_test, d.y))
         reseed(c.seed, "floor", k)
         pool = pool[torch.randperm(len(pool))[:c.n]]
         protocol = dict(

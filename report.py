@@ -556,8 +556,11 @@ def denoising_figure(bases):
         if len(v) and r.usual:
             for curves, values in zip(panels, (v[:, 1], v[:, 1] / v[:, 0])):  # (runs, 10)
                 curves.append((r, t, *zip(*map(mean_and_error, values.T.tolist()))))
-    return plot([("t", f"mean |eps - model|² {when}", curves)
-                 for when, curves in zip(("after the last task", "over that after task 1"), panels)])
+    figure = plot([("t", f"error {when}", curves)
+                   for when, curves in zip(("after the last task", "over that after task 1"), panels)])
+    if figure:
+        figure.suptitle("mean |eps - model(x_t, t)|² on test images of task 1")
+    return figure
 
 
 def calls_figure(runs):

@@ -440,8 +440,8 @@ def read_config(folder, keys):
         config = {**json.loads((folder / "config.json").read_text(encoding="utf-8"))}
         [config[key] for key in keys]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder}/config.json is damaged or lacks {error}: give another run, or train it again with "
-                         "--restart") from error
+        raise InputError(f"{folder}/config.json is damaged or incomplete ({error}): give another run folder, or train "
+                         "with --restart") from error
     return config
 
 

@@ -708,7 +708,7 @@ def test_bad_runs_are_refused(main, evaluated, folder_run, tmp_path, pictures):
     (folder / "eval.json").unlink()
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "schedule"}))
-    case("config.json is damaged or lacks 'schedule'")
+    case("config.json is damaged or incomplete ('schedule')")
     case("--reference", ".")
     folder_run("mine", unet="my-net")
     case("my-net, which unet.py does not have", "mine")
