@@ -24,7 +24,6 @@ import platform
 import re
 import shlex
 import statistics
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -127,8 +126,9 @@ ACCURACY = "Table 2", "Table B.3", "Table B.4", "Table B.5"  # of the continual 
 INTRODUCTION = """# Results
 
 Ours are mean ± standard error (sample standard deviation / √n) over n seeds, and (n). A dash was not measured, or is
-not in the paper. Beside the paper's values stands what is not as in the paper; its ACC are with `--replay-loss
-reversed`. Shortened runs compare with nothing in the paper. frd is not FID: its features are another network's. ms are
+not in the paper. What is not as in the paper stands beside ours; the paper's ACC are with `--replay-loss reversed`.
+Shortened runs compare with nothing in the paper. frd is not FID: its features are another network's. Frd by task is the
+mean over tasks of the frd of each task's images, its forgetting how much that has grown since each task was new. ms are
 means over the last 1000 updates; the paper's are ± standard deviation, of a GeForce 1080 Ti. Parameters are those of
 all networks that a method trains with. JDCL's values are from a third party's notes and unverified, but for 83.69 and
 64.47, which a second source has too; ? is unknown.
@@ -200,15 +200,6 @@ def machine(device):
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.+)", info.read_text(encoding="utf-8")) if info.exists() else None
     return found[1] if found else platform.processor() or platform.machine()
-
-
-def commit():
-    """The commit that this file is of, with -dirty if a file in git differs from it; None outside a repository."""
-    command = "git describe --always --dirty --exclude=* --abbrev=40".split()
-    try:
-        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() or None
-    except OSError:  # there is no git
-        return None
 
 
 def read_folder(folder):
@@ -703,7 +694,7 @@ def main(argv=None):
     text = INTRODUCTION + "\n".join(papers + ours if any(r.complete for r in runs) else ours + papers)
     print(text)
     for path, r in zip(paths, runs):
-        run.write_json(path, {"commit": commit()} | r.record)  # what was saved before keeps its own
+        run.write_json(path, r.record)
     made = figures(runs, out, str(device)) if args.figures else []
     text += "".join(f"\n![{Path(name).stem}]({name})\n" for name in made)
     run.replace(out / "report.md", lambda file: file.write(text.encode()))

@@ -26,6 +26,7 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import zipfile
@@ -48,7 +49,7 @@ except ImportError:  # Windows
 
 FORMAT = 2  # of a run folder: what another version has made is refused
 TYPED = ("data_dir", "out", "device", "compile", "save_every", "restart")  # arguments that change no number,
-MACHINE = ("command", "torch", "processes", "threads", "processor")        # and what else is noted of a start
+MACHINE = ("command", "commit", "torch", "processes", "threads", "processor")  # and what else is noted of a start
 rank, world = 0, 1  # this process and how many there are, as torchrun says it
 if "TORCHELASTIC_RUN_ID" in os.environ:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -106,8 +107,8 @@ def add_arguments(parser, scales):
     add = parser.add_argument
     add("--scale", default="paper", choices=scales,
         help="paper: the paper's run; small: the same at 16x16; laptop: a quick look at 16x16")
-    add("--tasks", type=positive(int), help="number of tasks (paper: 5); of a stated --class-order, as the laptop's "
-        "may be, its first so many")
+    add("--tasks", type=positive(int), help="number of tasks (paper: 5); where a --class-order is stated, as at "
+        "laptop scale, its first so many")
     add("--class-order", help="random (by the seed), natural, or '0,1|2,7' states the classes of each task")
     add("--seed", type=whole, default=42, help="of weights, class order and noise (paper: 42, 69, 1714)")
     add("--image-size", type=positive(int, 4096), help="side to which images are brought (paper: 32, ImageNet-100 64)")
@@ -362,7 +363,7 @@ def open_folder(config):
     From here on Ctrl-C and SIGTERM only leave a note in `signals`: the run ends after a whole update and a save. The
     third one ends it at once.
     """
-    about = dict(format=FORMAT, command=shlex.join(["python", *sys.argv]),
+    about = dict(format=FORMAT, command=shlex.join(["python", *sys.argv]), commit=commit(),
                  torch=torch.__version__, processes=world, threads=torch.get_num_threads(),
                  processor=torch.backends.cpu.get_cpu_capability())
     config = json.loads(json.dumps(dict(config, **about)))
@@ -392,6 +393,15 @@ def open_folder(config):
     tasks = " | ".join(", ".join(config["class_names"][c] for c in task) for task in config["class_tasks"])
     print(f"{config['name']}: tasks {tasks}; updates {config['updates']}; into {folder}")
     return folder
+
+
+def commit():
+    """The commit of the code, with -dirty if a file in git differs from it; None outside a repository."""
+    command = "git describe --always --dirty --exclude=* --abbrev=40".split()
+    try:
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # there is no git
+        return None
 
 
 def note_signal(number, frame):

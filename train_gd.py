@@ -39,16 +39,17 @@ CIFAR = dict(PAPER, length=("epochs", [200.0]), batch_size=64, unet="cifar10", f
 SMALL = dict(PAPER, length=("iterations", [1500, 800]), batch_size=32, lr=5e-4, unet="laptop", image_size=16,
              draw_ahead=1)
 LAPTOP = dict(SMALL, length=("iterations", [600, 150]), lr=2e-3,
-              class_order="0,1|2,7|8,9")  # three tasks; of Fashion-MNIST, garments that differ even at 16x16
+              class_order="0,1|2,7|8,9")  # three tasks; in Fashion-MNIST, garments that differ even at 16x16
 GREY = {"paper": PAPER, "small": SMALL, "laptop": LAPTOP}
 COLOUR = {"paper": CIFAR, "small": dict(SMALL, unet="laptop-rgb", flip=True),
           "laptop": dict(LAPTOP, unet="laptop-rgb", flip=True)}
-PRESETS = {  # the paper's runs (Sections 4 and A.1), the same in miniature, and a minute and a half on a laptop. A
-    # length has one value for each task; the last one repeats.
+PRESETS = {  # by dataset and scale: the paper's runs (Sections 4 and A.1), the same in miniature, and a minute and a
+    # half on a laptop. `length` has one value for each task; the last one repeats.
     "fashion-mnist": GREY, "shapes": GREY, "cifar10": COLOUR, "cifar100": COLOUR,
     "imagenet100": COLOUR | {"paper": dict(CIFAR, image_size=64)},
 }
-DRAWING = "teacher_steps", "teacher_solver", "first_step", "draw_ahead"  # arguments of generated replay alone
+DRAWING = "teacher_steps", "teacher_solver", "first_step", "draw_ahead"  # arguments that only generated replay has
+# For each choice args.method, which names the run, and args.title, for tables and figures.
 METHODS = {"generated": ("gd", "Generative distillation"), "current": ("lwf", "Distil. w/ current data"),
            "noise": ("noise", "Distil. w/ Gaussian noise")}
 
@@ -60,12 +61,12 @@ def get_args(argv=None):
         help=f"{', '.join(data.DATASETS)} or a folder of class folders (default: fashion-mnist)")
     add("--distill", default="generated", choices=list(METHODS), dest="source",
         help="on DDIM samples of the previous model (GD), on the current images (LwF-like), or on Gaussian noise")
-    add("--lambda", "--lambd", dest="lam", type=run.positive(float), help="of the distillation (paper: 0.75, 1.25, 8)")
+    add("--lambda", "--lambd", dest="lam", type=run.positive(float), help="weight (paper: GD 0.75, LwF 1.25, noise 8)")
     add("--teacher-steps", type=run.positive(int, T), help="DDIM steps of the previous model (paper: 2, CIFAR-10 10)")
-    add("--teacher-solver", choices=["ddim", "ipndm"], help="paper: ddim; ipndm: of higher order (see ddim.py)")
-    add("--first-step", choices=["network", "analytic"], help="analytic: one more, without the model (see ddim.py)")
-    add("--draw-ahead", type=run.positive(int, 1e4), help="updates whose replay is drawn at once: faster (at 16x16: 1)")
-    length = parser.add_mutually_exclusive_group()
+    add("--teacher-solver", choices=["ddim", "ipndm"], help="ipndm: of higher order, see ddim.py (paper: ddim)")
+    add("--first-step", choices=["network", "analytic"], help="analytic: one more step, without the model, see ddim.py")
+    add("--draw-ahead", type=run.positive(int, 1e4), help="draw the replay of so many updates at once: faster")
+    length = parser.add_mutually_exclusive_group()  # args.length is ("epochs", [E1, ...]) or ("iterations", [N1, ...])
     length.add_argument("--epochs", type=run.per_task(float, "epochs"), dest="length", metavar="E",
                         help="passes over the images of a task: E, or E1,E2,... (paper: 100, CIFAR-10 200)")
     length.add_argument("--iterations", type=run.per_task(int, "iterations"), dest="length", metavar="N",
@@ -77,22 +78,22 @@ def get_args(argv=None):
     add("--schedule", choices=["zero-snr", "linear"], help="noise schedule (default: zero-snr, as the released runs)")
     run.add_arguments(parser, scales=list(GREY))
 
-    # A first look finds the preset. It becomes the defaults of the parser, so that the command line wins.
+    # A first parse finds the preset. Its values become the parser's defaults, so that the command line wins.
     first, _ = parser.parse_known_args(argv)
     info = data.info(first.dataset, first.data_dir)
-    preset = dict(PRESETS[info.like][first.scale])  # a folder of pictures is like some dataset
+    preset = dict(PRESETS[info.like][first.scale])  # of a folder of pictures that of the dataset it is like
     if info.name not in data.DATASETS:
         preset["class_order"] = "random"  # images of one's own may have fewer classes than a stated order
-    preset["tasks"] = data.count_tasks(first.class_order or preset["class_order"])  # as many as it states, else 5
+    preset["tasks"] = data.count_tasks(first.class_order or preset["class_order"])  # as many as that states, else 5
     preset["lam"] = {"generated": 0.75, "current": 1.25, "noise": 8.0}[first.source]
     if first.source != "generated":
         preset.update(dict.fromkeys(DRAWING))  # None: it does not apply
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
-    departs = run.departures(parser, args, "source", "teacher_steps")  # but for these two, which are in args.base
+    departs = run.departures(parser, args, "source", "teacher_steps")  # args.base names these two
     args.method, args.title = METHODS[args.source]
     count = args.teacher_steps
-    args.base = f"{args.method}-{count}" if count else args.method  # the run's name begins with it, then what departs
+    args.base = f"{args.method}-{count}" if count else args.method  # the run's name: this, then what departs
 
     for key in DRAWING:
         if args.source != "generated" and getattr(args, key):
@@ -125,7 +126,7 @@ def diffuse(x_0, abar):
 def replay(args, prev, x_r, x_0, x_t, t, abar):
     """The replayed half of a batch: up to B noisy images x_r_t (B, C, H, W), times t_r (B,), what to predict there."""
     if args.source == "current":
-        return x_t[:0], t[:0], prev(x_t, t)  # an empty x_r_t: in `losses` model(x_t, t) meets eps and this target
+        return x_t[:0], t[:0], prev(x_t, t)  # no more images: `losses` compares model(x_t, t) with eps and this
     if args.source == "noise":
         x_r_t, t_r = map(run.share, (torch.randn_like(x_0), torch.randint(T, (len(x_0),), device=x_0.device)))
     if args.source == "generated":
@@ -137,7 +138,7 @@ def replay(args, prev, x_r, x_0, x_t, t, abar):
 def losses(model, x_t, t, eps, replayed):
     """|eps - model(x_t, t)|^2 of the new images and |target_r - model(x_r_t, t_r)|^2 of the replayed ones, two scalars.
 
-    DEVIATION: means over all elements, as in the released runs, where the paper writes squared norms.
+    DEVIATION: means over all elements, as in the released runs; the paper writes squared norms.
     """
     if replayed is None:
         return F.mse_loss(model(x_t, t), eps), torch.zeros((), device=x_t.device)
@@ -149,7 +150,7 @@ def losses(model, x_t, t, eps, replayed):
 # ------------------------------------------------------------------------------------------------------ train
 
 def batches(args, prev, abar, autocast, index, shape, k, begin, end):
-    """The updates u = begin .. end - 1 of task k, each with its inputs: u, i, and where prev draws the replay x_r too.
+    """Yield u, i, and x_r where prev draws the replay, for the updates u = begin .. end - 1 of task k.
 
     i (B,) are indices of new images, out of `index`. x_r (B, C, H, W), floats in [-1, 1], is part of what prev has
     drawn at once for args.draw_ahead updates; `shape` is (C, H, W).
@@ -167,7 +168,7 @@ def batches(args, prev, abar, autocast, index, shape, k, begin, end):
         if u % args.draw_ahead == 0 or u == begin:  # a resumed run draws all of them again
             reseed(args.seed, "replay", k, u // args.draw_ahead)
             x_T = torch.randn(args.draw_ahead * args.batch_size, *shape, device=index.device)
-            with autocast:
+            with autocast:  # with torchrun each process draws its share; all get the whole
                 drawn = sample(prev, run.share(x_T), abar, args.teacher_steps, first=args.first_step,
                                solver=args.teacher_solver)
                 drawn = run.gather(drawn, len(x_T))
@@ -181,7 +182,7 @@ def main(argv=None):
 
     # Data: one uint8 tensor on the device; a batch is an index into it.
     images, labels = (x.to(device) for x in data.load_images(args.dataset, "train", args.data_dir, args.image_size))
-    of_task = data.indices(labels, args.class_tasks)
+    of_task = data.indices(labels, args.class_tasks)  # for each task the indices of its images
     sizes, shape = [len(index) for index in of_task], images.shape[1:]  # images are (N, C, H, W)
     updates = run.count_updates(args.length, args.batch_size, sizes)
 
@@ -191,20 +192,21 @@ def main(argv=None):
     if args.init:
         run.load_weights(model, args.init)
     model.to(device)
-    prev = copy.deepcopy(model).eval().requires_grad_(False)  # gets the weights of task k-1; so it is compiled once
-    nets = 2  # that the method needs: the model and prev
+    prev = copy.deepcopy(model).eval().requires_grad_(False)  # one for the whole run, so that it is compiled once
+    nets = 2  # that the method holds: the model and prev
     config = dict(vars(args), updates=updates, parameters=nets * sum(p.numel() for p in model.parameters()),
                   preset_updates=run.count_updates(args.preset["length"], args.preset["batch_size"], sizes))
     folder = run.open_folder(config)
     if args.compile:
         for net in (model, prev):
             net.compile(fullgraph=True, dynamic=False)
+    # Whether `learn` becomes a CUDA graph: not with several processes, which exchange gradients in it.
     graphs = args.compile and device.type == "cuda" and run.world == 1
     abar = alpha_bar(args.schedule).to(device)
     state = run.latest(folder, args.tasks, device) or {
         "task": 1, "update": 0, "model": model.state_dict(), "memory": {}}
     model.load_state_dict(state["model"])
-    memory = state["memory"]  # what a method keeps of old tasks beside the model, as a buffer in train_gr.py
+    memory = state["memory"]  # what a method keeps of old tasks beside the model, as ER its buffer
     progress = run.Progress(folder, state, updates, device)
 
     for k in range(state["task"], args.tasks + 1):
@@ -213,16 +215,16 @@ def main(argv=None):
         replaying = k > 1
         part_new = 1 / k if replaying else 1.0  # weight of the new images in the loss
         # DEVIATION: as in the released runs, and unsaid in the paper, Adam starts afresh with every task and the norm
-        # of the gradient is clipped at 1. It is fused into one kernel where that is there; a CUDA graph can record it.
+        # of the gradient is clipped at 1. "fused" makes it one kernel; "capturable" lets a CUDA graph record it.
         optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=device.type != "mps", capturable=graphs)
-        prev.load_state_dict(state.get("prev", model.state_dict()))  # "prev" is in a checkpoint inside this task
+        prev.load_state_dict(state.get("prev", model.state_dict()))  # the saved prev, if stopped inside this task
         log = torch.zeros(end, len(LOG), device=device)  # a row for each update
         if state["update"]:  # the run was stopped inside this task
             run.restore(optimizer, state["optimizer"])
             log.copy_(state["log"])
 
         def learn(i, x_r=None):
-            """Learn from images[i], i (B,), and the replayed x_r (B, C, H, W): a row of the log, (len(LOG),)."""
+            """Update on images[i], i (B,), and the replayed x_r (B, C, H, W); returns a row of the log, (len(LOG),)."""
             x_0 = data.normalize(data.mirrored(images[i], args.flip))
             with autocast:
                 x_t, t, eps = diffuse(x_0, abar)
@@ -265,7 +267,7 @@ def main(argv=None):
             x_0 = sample(model, torch.randn(64, *shape).to(device), abar, args.sample_steps)
         run.save_picture(folder / "samples" / f"task{k}.png", data.quantize(x_0), columns=8)
         run.save(folder / f"task{k}.pt", {"task": k, "model": model.state_dict(), "memory": memory, "config": config})
-        state = {"update": 0}  # at which the next task begins
+        state = {"update": 0}  # the next task begins there, without a saved prev
         if k < args.tasks:
             run.exit_if_stopped(f"task {k}")
     run.finish(folder)

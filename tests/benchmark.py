@@ -53,7 +53,8 @@ import run  # noqa: E402
 import train_gd  # noqa: E402
 import train_jdcl  # noqa: E402
 from eval_fid import fid_features, inception_network  # noqa: E402
-from report import commit, machine  # noqa: E402
+from report import machine  # noqa: E402
+from run import commit  # noqa: E402
 from unet import NETS, UNet, cost, resnet18  # noqa: E402
 
 PAPER = {  # ms per update, parameters

@@ -447,6 +447,7 @@ def test_what_a_run_leaves_and_that_once_is_enough(finished, capsys):
         *(f"samples/{name}.png" for name in ("task1", "task2", "replay2"))}
     config = read(folder, "config.json")
     assert config["updates"] == [6, 12] and config["preset_updates"] == [400, 800] and config["schedule"] == "jdcl"
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", config["commit"] or "0" * 40)  # None without git
     assert [config[key] for key in ("method", "base", "title", "dataset_name")] == ["jdcl", "jdcl", "JDCL", "shapes"]
     assert config["departs"].keys() == {flag.strip("-").replace("-", "_") for flag in (*TINY, *REPLAY, *STAGE_2)
                                         if flag[0] == "-"} - {"dataset", "scale", "device"}

@@ -255,18 +255,23 @@ def test_the_claims_hold_of_the_papers_own_numbers(tmp_path, capsys):
         make_jdcl(tmp_path, base, final=final, dataset="fashion-mnist", departs=departs, scale="small")
     assert claim.judge(report.find([tmp_path])) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.partition(":")[0] for line in lines] == ["holds"] * 10 + ["not run", "holds"]
+    # With one seed finetuning's KLD is below GR's. JDCL and what it is compared with have one seed.
+    assert [line.partition(":")[0] for line in lines] == ["holds"] * 7 + ["open"] * 3 + ["not run", "open"]
     assert "no average_accuracy of jdcl --one-stage" in lines[10] and "er-1000 21.6 ± 0.9 (3)" in lines[5]
+    assert "true with 2 of 3 seeds" in lines[7]
 
-    make(tmp_path, "gd-2", 42, frd=90, kld=12, acc=0, scale="small")  # one bad seed of three changes the means
-    assert claim.judge(report.find([tmp_path])) == 4
+    for seed in SEEDS:
+        make(tmp_path, "gd-2", seed, frd=300, kld=2, acc=0.72, scale="small")
+    make(tmp_path, "noise", 42, frd=100, kld=1, acc=0.6, scale="small")
+    assert claim.judge(report.find([tmp_path])) == 3
     lines = capsys.readouterr().out.splitlines()
-    assert [i for i, line in enumerate(lines) if line.startswith("FAILS")] == [1, 5, 6, 7]
+    assert [line.partition(":")[0] for line in lines[:7]] == [
+        "holds", "FAILS", "holds", "FAILS", "open", "FAILS", "holds"]
     for seed in (69, 1714):
         shutil.rmtree(tmp_path / f"fashion-mnist/er-1000-small/seed{seed}")
-    assert claim.judge(report.find([tmp_path])) == 3
+    assert claim.judge(report.find([tmp_path])) == 2
     said = capsys.readouterr().out
-    assert "not run: ER" in said and "er-1000 20.04 ± 0 (1), gd-2 90 ± 0 (1)" in said, "over the seeds that both have"
+    assert "open: ER" in said and "er-1000 20.04 ± 0 (1), gd-2 300 ± 0 (1)" in said, "over the seeds that both have"
 
 
 # ------------------------------------------------------------------------------------------------------ numbers
@@ -386,8 +391,8 @@ def test_saved_results_give_the_same_tables_and_figures(tmp_path, capsys):
     assert {p.parent.name for p in results.glob("fashion-mnist/*/seed42.json")} == {
         "gd-2", "gr-2-laptop", "classifier-finetune", "gr-2", "jdcl-small"}
     saved = json.loads((results / "fashion-mnist/gd-2/seed42.json").read_text())
-    assert set(saved) == {"commit", "device", "tasks_done", "config", "eval", "classifier", "accuracy", "metrics"}
-    assert saved["device"] and re.fullmatch(r"[0-9a-f]{40}(-dirty)?", saved["commit"] or "0" * 40)
+    assert set(saved) == {"device", "tasks_done", "config", "eval", "classifier", "accuracy", "metrics"}
+    assert saved["device"]
     assert saved["config"] == json.loads((runs / "fashion-mnist/gd-2/seed42/config.json").read_text())
 
     text = (results / "report.md").read_text(encoding="utf-8")
