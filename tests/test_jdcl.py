@@ -187,12 +187,13 @@ def test_film_and_dropout_are_those_of_diffusers():
 
 # ---------------------------------------------------------------------------------------------- moving average
 
-@pytest.mark.parametrize("n, d", [(1, 2 / 11), (8, 0.5), (990, 0.991), (10**6, 0.9999)])
-def test_ema_after_update_n(n, d):
+@pytest.mark.parametrize("n, most, d", [(1, 0.9999, 2 / 11), (8, 0.9999, 0.5), (990, 0.9999, 0.991),
+                                        (10**6, 0.9999, 0.9999), (990, 0.98, 0.98)])
+def test_ema_after_update_n(n, most, d):
     reseed("ema")
     ema, model = nn.Linear(5, 4), nn.Linear(5, 4)
     expected = [d * a.double() + (1 - d) * b.double() for a, b in zip(ema.parameters(), model.parameters())]
-    train_jdcl.update_ema(ema, model, n)
+    train_jdcl.update_ema(ema, model, n, most)
     for a, b in zip(ema.parameters(), expected):
         assert_close(a.double(), b, rtol=0, atol=1e-6 if n < 1000 else 3e-8)  # 1e-4 of a step is to be seen
 
@@ -201,7 +202,7 @@ def test_the_average_has_the_latest_batch_norms_of_a_separate_classifier():
     model = train_jdcl.build(train_jdcl.get_args(["--dataset", "shapes", "--scale", "laptop", "--separate"]))
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     model.classify(torch.randn(4, 1, 16, 16))
-    train_jdcl.update_ema(ema, model, 5)
+    train_jdcl.update_ema(ema, model, 5, 0.9999)
     assert all(torch.equal(a, b) for a, b in zip(ema.buffers(), model.buffers(), strict=True))
     assert ema.head[0].bn1.num_batches_tracked == 1 and ema.head[0].bn1.running_mean.abs().sum() > 0
 
@@ -210,11 +211,11 @@ def test_a_run_averages_every_update_and_keeps_both_models(finished, tmp_path):
     """The average by hand of the weights that update_ema is shown, against those in the files."""
     by_hand, seen, ends = {}, [], {}
 
-    def note(ema, model, n):
+    def note(ema, model, n, most):
         seen.append(n)
         if n in (1, 7):  # a stage begins
             by_hand.update({key: p.double() for key, p in ema.named_parameters()})
-        d = min(0.9999, (1 + n) / (10 + n))
+        d = min(most, (1 + n) / (10 + n))
         by_hand.update({key: d * by_hand[key] + (1 - d) * p.detach().double() for key, p in model.named_parameters()})
         ends[len(seen)] = dict(by_hand)
     learn(tmp_path / "run", update_ema=note)
@@ -572,7 +573,7 @@ def test_how_stage_2_starts(tmp_path, teacher):
         assert n == 4 and part == 4 / 9 and y[:4].eq(0).all() and y[4:].eq(4).all() and len(x_t) == 9
 
     learn(tmp_path / "run", "--teacher", teacher, distillation_losses=note,
-          update_ema=lambda ema, model, n: averages.append(copy.deepcopy(ema.state_dict())),
+          update_ema=lambda ema, model, n, most: averages.append(copy.deepcopy(ema.state_dict())),
           draw=lambda job, side, classes, drawer, labeller: labellers.append((
               copy.deepcopy(drawer["model"]), labeller.training, copy.deepcopy(labeller.state_dict()))))
     (model, old, new), ema = starts, averages[12]
