@@ -48,12 +48,12 @@ PAPER = dict(class_order="natural", batch_size=256, lr=2e-4, alpha=1e-3, classif
              replay_steps=250, clip=False, sample_steps=250, eval_every=500)
 # A small net does not overfit in a few hundred updates, so strong views and crops would only cost accuracy. It has less
 # time to find the classes, hence the larger alpha. Unless x_0 is clipped, some of its images are static. The moving
-# average spans a third of stage 2, as the paper's.
+# average spans a quarter of stage 2 (paper: a third).
 SMALL = dict(PAPER, batch_size=64, lr=2e-3, alpha=0.03, classifier_view="weak", crop=[1.0, 1.0], flip=False,
-             unet="jdcl-laptop", image_size=16, local_iterations=[1000], global_iterations=[1000],
-             classifier_start=250, ema_decay=0.997, replay_per_class=400, replay_steps=25, clip=True, sample_steps=25,
+             unet="jdcl-laptop", image_size=16, local_iterations=[1000], global_iterations=[1400],
+             classifier_start=350, ema_decay=0.997, replay_per_class=400, replay_steps=25, clip=True, sample_steps=25,
              eval_every=100)
-LAPTOP = dict(SMALL, local_iterations=[400], global_iterations=[400], classifier_start=133, ema_decay=0.9925,
+LAPTOP = dict(SMALL, local_iterations=[400], global_iterations=[400], classifier_start=133, ema_decay=0.99,
               replay_per_class=200)
 GREY = {"paper": dict(PAPER, unet="jdcl-fashion-mnist", flip=False), "small": SMALL, "laptop": LAPTOP}
 COLOUR = {scale: dict(GREY[scale], unet="jdcl-laptop-rgb", flip=True) for scale in ("small", "laptop")}
