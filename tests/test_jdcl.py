@@ -699,6 +699,7 @@ def test_defaults_are_the_papers_runs(tmp_path):
     assert (args.dataset, args.unet, args.image_size, args.batch_size, args.lr) == (
         "cifar10", "jdcl-cifar", 32, 256, 2e-4)
     assert (args.local_iterations, args.global_iterations, args.classifier_start) == ([50_000], [30_000], 10_000)
+    assert args.ema_decay == 0.9999
     assert (args.replay_per_class, args.replay_steps, args.clip, args.replay_cap) == (1000, 250, False, 2.0)
     assert (args.alpha, args.classifier_view, args.crop, args.flip) == (1e-3, "strong", [0.85, 0.64], True)
     assert (args.local_init, args.teacher, args.kd_weighting, args.schedule) == ("scratch", "ema", "sample", "jdcl")
@@ -711,7 +712,7 @@ def test_defaults_are_the_papers_runs(tmp_path):
         "jdcl-imagenet100", 64, "global", 1040, [0.85, 0.85])
     assert train_jdcl.get_args(["--replay", "none"]).local_init == "global", "or else nothing would be left"
     args = train_jdcl.get_args(["--scale", "small"])
-    assert (args.unet, args.image_size, args.tasks, args.global_iterations) == ("jdcl-laptop-rgb", 16, 5, [1000])
+    assert (args.unet, args.image_size, args.tasks, args.global_iterations) == ("jdcl-laptop-rgb", 16, 5, [1400])
 
 
 @pytest.mark.parametrize("arguments, name", [
