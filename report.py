@@ -114,14 +114,17 @@ ROWS = {  # the bases and flags of each table and figure; what is another on a d
                         "jdcl --tasks 10 --labels 0.008",
     "JDCL on imagenet100": "jdcl-joint, jdcl"}
 TABLES = [name for name in ROWS if " on " not in name]
-BEYOND = {  # docs/beyond.md
+BEYOND = {  # docs/beyond.md, docs/jdcl.md
     "first step": ", ".join(f"{base} --teacher-steps {n}{step}" for base in ("gr", "gd") for n in (1, 2)
                             for step in ("", " --first-step analytic")),
     "solver": ", ".join(f"{base} --teacher-steps {n}" for base in ("gr", "gd")
                         for n in ("5", "5 --teacher-solver ipndm", "10")),
     "errors": "joint, finetune, gr, gd, lwf, noise",
     "ewc": "gd, " + ", ".join(f"{base} --ewc {weight}" for base in ("ewc", "ewc-random")
-                              for weight in (150, 1500, 15000, 150000))}
+                              for weight in (150, 1500, 15000, 150000)),
+    "few labels": ", ".join(f"jdcl --labels {share}{alone}{order}" for share in (0.05, 0.008)
+                            for order in ("", " --class-order 0,1,2,3,4|5,6,7,8,9")
+                            for alone in ("", " --labelled-only"))}
 ACCURACY = "Table 2", "Table B.3", "Table B.4", "Table B.5"  # of the continual classifier
 INTRODUCTION = """# Results
 
