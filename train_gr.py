@@ -30,7 +30,7 @@ LOG = ("loss", "loss_new", "loss_replay", "gradient_norm")
 # -------------------------------------------------------------------------------------------------- arguments
 
 PAPER = dict(class_order="random", length=("epochs", [100.0]), batch_size=128, lr=2e-4, unet="fashion-mnist",
-             image_size=32, schedule="zero-snr", flip=False, sample_steps=10,
+             image_size=32, schedule="zero-snr", flip=False, sample_steps=10,  # these for pictures and evaluation
              teacher_steps=2, teacher_solver="ddim", first_step="network", draw_ahead=8)
 # DEVIATION: the paper augments nothing, its released runs mirror CIFAR's images. For evaluation on CIFAR-10, Appendix
 # A.5 of the paper first says 10 DDIM steps and then, as Section 4.2.2, 20. Here it is 20.
@@ -106,7 +106,7 @@ def get_args(argv=None):
     if why := misfit(args.unet, info.channels, args.image_size):
         parser.error(why)
 
-    args.class_tasks = data.class_tasks(len(info.classes), args.tasks, args.class_order, args.seed)
+    args.class_tasks = data.class_tasks(len(info.classes), args.tasks, args.class_order, args.seed)  # classes by task
     run.describe(args, parser, info, preset, departs)  # adds args.name, args.preset and more for config.json
     return args
 
@@ -208,8 +208,7 @@ def main(argv=None):
     if args.compile:
         for net in (model, prev):
             net.compile(fullgraph=True, dynamic=False)
-    # Whether `learn` becomes a CUDA graph: not with several processes, which exchange gradients in it.
-    graphs = args.compile and device.type == "cuda" and run.world == 1
+    graphs = args.compile and device.type == "cuda" and run.world == 1  # several processes exchange gradients in `learn`
     abar = alpha_bar(args.schedule).to(device)
     state = run.latest(folder, args.tasks, device) or {
         "task": 1, "update": 0, "model": model.state_dict(), "memory": {}}
@@ -271,7 +270,7 @@ def main(argv=None):
                     "prev": prev.state_dict(), "optimizer": optimizer.state_dict()})
 
         # Until task<k>.pt is saved, a resumed run does this again. The picture starts from the same 64 noises in every
-        # run, drawn on the CPU, so that they are the same on every device.
+        # run, drawn on the CPU, so that they are the same on every device. It is not worth compiling for.
         reseed("grid")
         with autocast, run.eager(args.compile):
             x_0 = sample(model, torch.randn(64, *shape).to(device), abar, args.sample_steps)
