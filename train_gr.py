@@ -208,7 +208,7 @@ def main(argv=None):
     if args.compile:
         for net in (model, prev):
             net.compile(fullgraph=True, dynamic=False)
-    graphs = args.compile and device.type == "cuda" and run.world == 1  # several processes exchange gradients in `learn`
+    graphs = args.compile and device.type == "cuda" and run.world == 1  # `learn` as a graph, unless it exchanges data
     abar = alpha_bar(args.schedule).to(device)
     state = run.latest(folder, args.tasks, device) or {
         "task": 1, "update": 0, "model": model.state_dict(), "memory": {}}
