@@ -38,7 +38,7 @@ LOG = ("loss", "loss_new", "loss_replay", "loss_ewc", "gradient_norm")
 # -------------------------------------------------------------------------------------------------- arguments
 
 PAPER = dict(class_order="random", length=("epochs", [100.0]), batch_size=128, lr=2e-4, unet="fashion-mnist",
-             image_size=32, schedule="zero-snr", flip=False, sample_steps=10,  # these for pictures and evaluation
+             image_size=32, schedule="zero-snr", flip=False, sample_steps=10,  # of pictures and evaluation
              teacher_steps=2, teacher_solver="ddim", first_step="network", draw_ahead=8)
 # DEVIATION: the paper augments nothing, its released runs mirror CIFAR's images. For evaluation on CIFAR-10, Appendix
 # A.5 of the paper first says 10 DDIM steps and then, as Section 4.2.2, 20. Here it is 20.
@@ -232,7 +232,7 @@ def main(argv=None):
     if args.compile:
         for net in (model, prev):
             net.compile(fullgraph=True, dynamic=False)
-    graphs = args.compile and device.type == "cuda" and run.world == 1  # `learn` as a graph, unless it exchanges data
+    graphs = args.compile and device.type == "cuda" and run.world == 1  # `learn` as a CUDA graph, in one process only
     abar = alpha_bar(args.schedule).to(device)
     state = run.latest(folder, args.tasks, device) or {
         "task": 1, "update": 0, "model": model.state_dict(), "memory": {}}

@@ -82,7 +82,8 @@ def get_args(argv=None):
     add("--separate", action="store_true", help="ablation: a ResNet18 of its own classifies, not the denoiser")
     add("--labels", type=run.positive(float, 1), help="share of the labels that is known (paper: 0.008, 0.05)")
     add("--labelled-only", action="store_true", help="with --labels: leave the other images out")
-    add("--kd-weighting", default="sample", choices=["sample", "group"], help="equal of images, or old and new classes")
+    add("--kd-weighting", default="sample", choices=["sample", "group"],
+        help="sample: every image weighs the same; group: old classes weigh as much as new ones")
     add("--teacher", default="ema", choices=["ema", "raw"], help="weights that teach and label; raw: with dropout")
     add("--local-init", choices=["scratch", "global"], help="of the local model (default: scratch, ImageNet global)")
     add("--local-iterations", type=run.per_task(int), metavar="N", help="updates of stage 1: N, or N1,N2,... by task")

@@ -82,7 +82,7 @@ def judge(runs):
             said, told = "not run", [f"no {next(iter(found))} of {lacking}"]
         else:
             votes = [true({row: judged[row][seed] for row in names}) for seed in judged[names[0]]]
-            said = "open" if len(votes) == 1 or len(set(votes)) == 2 else "holds" if votes[0] else "FAILS"
+            said = "open" if len(votes) < 2 else "holds" if all(votes) else "open" if any(votes) else "FAILS"
             told = [f"true with {sum(votes)} of {len(votes)} seeds"]
         for metric, rows in found.items():
             numbers = ["{} {:.4g} ± {:.2g} ({})".format(row, *report.mean_and_error([*v.values()]), len(v))
