@@ -231,7 +231,7 @@ def list_values(record, c):
     with the same conditions may be averaged.
     """
     done, metrics, classifier = record["tasks_done"], record["metrics"], record["classifier"]
-    by_task = {e["task"]: e.get("frd_by_task", [None]) for e in record["eval"]}
+    first = {}  # (task, conditions): the frd of its images when it was the newest
     precision = c["precision"] if c.get("precision", "fp32") != "fp32" else ""
     for e in record["eval"]:
         p, fid = e["protocol"], e["protocol"]["fid"] or {"name": "tf1"}
@@ -241,11 +241,12 @@ def list_values(record, c):
         unlike = [*unlike, f"labeller {p['frd']['sha256'][:12]}"]
         for metric in ("frd", "kld", "share_old"):
             yield metric, e["task"], e[metric], unlike
-        now = by_task[e["task"]]
-        first = [by_task.get(k, [None])[-1] for k in range(1, 1 + len(now))]  # of each task when it was the newest
-        if all(now + first):  # no task is lost altogether
+        now = e.get("frd_by_task", [None])
+        first[e["task"], *unlike] = now[-1]
+        then = [first.get((k, *unlike)) for k in range(1, 1 + len(now))]
+        if all(now + then):  # no task is lost altogether
             yield "afrd", e["task"], statistics.fmean(now), unlike
-            yield "frd_forgetting", e["task"], statistics.fmean(now) - statistics.fmean(first), unlike
+            yield "frd_forgetting", e["task"], statistics.fmean(now) - statistics.fmean(then), unlike
     if classifier:
         p = classifier["protocol"]
         unlike = [precision, f"updates {p['updates']}" * (p["updates"] != classifier["preset_updates"]),
@@ -515,10 +516,11 @@ def samples(r, k, device, steps=()):
         complain(r.folder, f"task {k} is left out of the figures ({error})")
         return []
     reseed("grid")
+    clip = getattr(r, "clip", True)  # of x_0 at each step; a JDCL run says it
     x_T = torch.randn(64, model.in_channels, r.image_size, r.image_size)
     x_T = x_T.unflatten(0, (8, 8))[:4, :4].flatten(0, 1).to(device)  # of a picture of 8x8 the upper left quarter
     with autocast:
-        drawn = [ddpm_sample(model, x_T, abar) if n == T else sample(model, x_T, abar, n)
+        drawn = [ddpm_sample(model, x_T, abar) if n == T else sample(model, x_T, abar, n, clip=clip)
                  for n in steps or [r.sample_steps]]
     return [make_grid(data.quantize(x_0).cpu(), nrow=4, padding=1).permute(1, 2, 0).numpy() for x_0 in drawn]
 

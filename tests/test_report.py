@@ -480,6 +480,16 @@ def test_samples_are_the_upper_left_quarter_of_the_runs_pictures(tmp_path, capsy
     assert len(said) == 2 and all(f"task {k} is left out of the figures" in line for k, line in zip((1, 3), said))
 
 
+def test_a_model_draws_as_its_own_run_did(tmp_path, monkeypatch):
+    monkeypatch.setitem(NETS, "laptop", dict(NETS["laptop"], channels=(8, 8), groups=4, attention=()))
+    model, drawn = UNet(**NETS["laptop"]), []
+    for clip in (True, False):  # JDCL does not clip x_0 at the paper's size
+        folder = make(tmp_path, "jdcl", scale="laptop", image_size=8, clip=clip)
+        torch.save({"task": 5, "model": model.state_dict(), "memory": {}}, folder / "task5.pt")
+        drawn += report.samples(report.find([tmp_path])[0], 5, "cpu")
+    assert (drawn[0] != drawn[1]).any()
+
+
 def test_grid_puts_each_picture_into_its_cell():
     a, b, c, d, e = (np.full((9, 9, 3), v, np.uint8) for v in (10, 20, 30, 40, 60))
     rows = {"up": [a, b, None, c], "empty": [None] * 4, "down": [d, None, None, e]}
@@ -585,6 +595,16 @@ def test_frd_by_task_is_a_mean_over_tasks_and_what_it_was_before(tmp_path):
         return [v for (metric, task, _), v in r.values.items() if metric == value and task == 2]
     assert result("afrd", [10.0], [30.0, 14.0]) == [22.0] and result("frd_forgetting", [10.0], [30.0, 14.0]) == [10.0]
     assert result("afrd", [10.0], [None, 14.0]) == [], "the images of task 1 are lost"
+
+    path = make(tmp_path, "gr-2", tasks=2) / "eval.json"  # evaluated twice, with different numbers of images
+    records = [r | dict(frd_by_task=row, protocol=r["protocol"] | dict(n=n))
+               for r, pair in zip(json.loads(path.read_text()), ([[10.0], [11.0]], [[30.0, 14.0], [51.0, 15.0]]))
+               for n, row in zip((10000, 2000), pair)]
+    write(path, records)
+    r = next(r for r in report.find([tmp_path]) if r.base == "gr-2")
+    found = {(metric, conditions[:-1]): v for (metric, k, conditions), v in r.values.items() if k == 2}
+    assert found["afrd", ()] == 22 and found["afrd", ("n 2000",)] == 33
+    assert found["frd_forgetting", ()] == 10 and found["frd_forgetting", ("n 2000",)] == 20
 
 
 def test_error_by_noise_after_the_last_task_and_over_that_after_task_1(tmp_path):
