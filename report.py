@@ -146,6 +146,7 @@ METRICS = {  # header and decimals; beside the papers' values ours have as many 
 # The methods in the order of tables and figures, with their colours. Any other comes after them, in a spare colour.
 COLOURS = {"joint": "black", "finetune": "0.6", "er": "tab:olive", "gr": "tab:red", "gd": "tab:blue",
            "lwf": "tab:green", "noise": "tab:purple"}
+STYLES = {10: "s--", 100: "^:", 1000: "D-."}  # of a curve, by teacher steps or buffer size
 SPARE = "tab:orange tab:brown tab:pink tab:cyan gold navy lime teal salmon orchid".split()
 
 
@@ -231,8 +232,13 @@ def list_values(record, c):
     with the same conditions may be averaged.
     """
     done, metrics, classifier = record["tasks_done"], record["metrics"], record["classifier"]
-    first = {}  # (task, conditions): the frd of its images when it was the newest
     precision = c["precision"] if c.get("precision", "fp32") != "fp32" else ""
+    errors = {e["task"]: e["denoise"] for e in record["eval"] if "denoise" in e}  # on images of task 1, by noise
+    for k, of_k in errors.items():
+        for t, error, at_first in zip(range(50, T, 100), of_k, errors.get(1, [])):
+            yield f"error {t}", k, error, [precision]
+            yield f"growth {t}", k, error / at_first, [precision]
+    first = {}  # (task, conditions): the frd of its images when it was the newest
     for e in record["eval"]:
         p, fid = e["protocol"], e["protocol"]["fid"] or {"name": "tf1"}
         unlike = [precision, f"n {p['n']}" * (p["n"] != 10000),
@@ -271,13 +277,10 @@ def make_run(record, c):
     complete        whether it may stand beside the paper's values, at `place` (row) and `column` of PAPER
     row             sorts the tables; runs with the same row are averaged
     label, usual    what figures call it, and whether the main ones show it; count: teacher steps or buffer size
-    calls, variant  of the teacher in an update, and what of it departs from the preset: ", ipndm", ", analytic"
-    style           of its curve
-    denoise         {task: ten errors by noise, on test images of task 1}, see eval_fid.py
     curve, logits   of a model that classifies (JDCL): {update: accuracy of task 1's images}, and the histogram of the
                     largest logits, {"real" or "replayed": (shares, edges)}
     """
-    r, accuracy = SimpleNamespace(**c), record["accuracy"]
+    r, accuracy = SimpleNamespace(**{"clip": True, **c}), record["accuracy"]
     r.record, r.seed, r.done, r.tasks = record, int(r.seed), record["tasks_done"], len(r.class_tasks)
     r.values = {(metric, int(task), tuple(filter(None, conditions))): float(value)
                 for metric, task, value, conditions in list_values(record, c) if value is not None}
@@ -286,7 +289,6 @@ def make_run(record, c):
     r.complete = r.scale == "paper" and 0 < r.done == r.tasks == len(r.updates) == len(preset) and all(
         u >= p for u, p in zip(r.updates, preset))
 
-    r.denoise = {e["task"]: e["denoise"] for e in record["eval"] if "denoise" in e}
     begin = [0, *itertools.accumulate(r.updates)]
     r.curve = {begin[task - 1] + update: float(v) for task, update, v in record["metrics"].get("curve", [])}
     r.curve |= {begin[k]: float(row[0]) for k, row in enumerate(accuracy["matrix"] if accuracy else [], 1)}
@@ -297,8 +299,6 @@ def make_run(record, c):
 
     steps, images, known = c.get("teacher_steps"), c.get("buffer_size"), list(COLOURS)
     r.count, r.usual = int(steps or images or 0), steps == c.get("preset", {}).get("teacher_steps", steps)
-    r.calls, r.style = int(steps or 0), {10: "s--", 100: "^:", 1000: "D-."}.get(r.count, "o-")
-    r.variant = "".join(f", {r.departs[key]}" for key in ("teacher_solver", "first_step") if key in r.departs)
     r.label = r.name if r.curve else r.title + (f", {steps} steps" if steps else f", {images} images" if images else "")
     r.row = (known.index(r.method) if r.method in known else len(known), r.method, r.count, r.base, len(r.departs),
              json.dumps(r.departs), r.done, sum(r.updates[:r.done]), c.get("script", ""))
@@ -329,14 +329,13 @@ def find(folders):
 
     A run may be there as a folder, as a file of --save, and as a folder of its models alone. Most measured counts.
     """
-    found, spare, runs = {}, {}, []
+    every, runs, spare = [], [], {}
     for folder in folders:
         if not folder.is_dir():
             raise InputError(f"there is no folder {folder}: give the one with the runs, usually runs/")
         paths = {path.parent for name in ("config.json", "classifier.json") for path in folder.rglob(name)}
-        for r in filter(None, map(read, sorted(paths.union(folder.rglob("seed*.json"))))):
-            found.setdefault((r.dataset_name, r.name, r.seed), []).append(r)
-    for same in found.values():
+        every += filter(None, map(read, sorted(paths.union(folder.rglob("seed*.json")))))
+    for same in group(every, lambda r: (r.dataset_name, r.name, r.seed)).values():
         runs.append(best := max(same, key=lambda r: len(r.values)))
         for r in same:
             if r.record["config"] != best.record["config"]:
@@ -383,6 +382,14 @@ def missing(rows, scale, dataset, seeds, runs):
 
 
 # ------------------------------ tables
+
+def group(runs, key):
+    """{key(r): its runs}, in their order."""
+    groups = {}
+    for r in runs:
+        groups.setdefault(key(r), []).append(r)
+    return groups
+
 
 def values(runs, metric, task=None):
     """{conditions: [value, ...]} of a metric after `task`, or after each run's last one."""
@@ -447,8 +454,8 @@ def all_tables(runs):
         about = f"{r.dataset_title}, {r.scale} scale, {r.image_size}x{r.image_size}, {r.tasks} tasks"
         return ("Complete: " if r.complete else "Shortened: ") + about + ", with a classifier" * bool(r.curve)
 
-    for title, some in itertools.groupby(sorted(runs, key=lambda r: (section(r), r.row)), key=section):
-        rows = [list(same) for _, same in itertools.groupby(some, key=lambda r: r.row)]
+    for title, some in sorted(group(runs, section).items()):
+        rows = group(some, lambda r: r.row).values()
         metrics, table = [m for m in METRICS if any(values(same, m) for same in rows)], []
         for same in rows:
             r, measured = same[0], [cells(same, m, METRICS[m][1], in_paper=False) for m in metrics]
@@ -459,42 +466,49 @@ def all_tables(runs):
 
 # ------------------------------ figures
 
-def plot(panels):
-    """Curves with error bars and one legend, None without curves. A panel is (x label, y label, curves); a curve is
-    (a run, x, means, errors), or None.
+def plot(panels, title=""):
+    """Curves of means with standard errors, and one legend; None without values.
+
+    A panel is (x label, y label, curves), a curve (a run, {x: values of all seeds}).
     """
     figure, handles = Figure(figsize=(3.6 * len(panels) + 2.6, 3.2), layout="constrained"), {}
     for i, (x_label, y_label, curves) in enumerate(panels, 1):
         axes = figure.add_subplot(1, len(panels), i, xlabel=x_label, ylabel=y_label)
-        for r, x, means, errors in filter(None, curves):
-            label = textwrap.fill(r.label, 40)
-            handles[label] = axes.errorbar(x, means, errors, fmt=r.style if len(x) < 20 else "-", color=r.colour,
-                                           markersize=4, capsize=3, errorevery=max(1, len(x) // 20))
+        for r, points in curves:
+            points = {x: mean_and_error(v) for x, v in sorted(points.items()) if v}
+            if points:
+                handles[textwrap.fill(r.label, 40)] = axes.errorbar(
+                    [*points], *zip(*points.values()), fmt=STYLES.get(r.count, "o-") if len(points) < 20 else "-",
+                    color=r.colour, markersize=4, capsize=3, errorevery=max(1, len(points) // 20))
         axes.set(ylim=(0, None), xlim=(None if x_label == "task" else 0, None))
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=x_label == "task"))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     figure.legend(handles.values(), handles, loc="outside right center", frameon=False, fontsize=9)
+    figure.suptitle(title)
     return figure if handles else None
 
 
 def grid(title, heads, rows):
-    """A picture of rows {label: [pixels (h, w, 3) or None, ...]} without empty rows and columns; None if all are."""
-    rows = {label: line for label, line in rows.items() if any(pixels is not None for pixels in line)}
-    columns = [i for i in range(len(heads)) if any(line[i] is not None for line in rows.values())]
+    """A picture of rows (label, {column: pixels (h, w, 3)}) under `heads`, {column: text} in the order of the columns.
+
+    Empty rows and columns are left out; None if all are empty.
+    """
+    rows = [row for row in rows if row[1]]
+    columns = [column for column in heads if any(column in pictures for _, pictures in rows)]
     if not rows:
         return None
     figure = Figure(figsize=(max(7, 1.6 + 2.8 * len(columns)), 1 + 2.9 * len(rows)), layout="constrained")
-    for axes, (label, line) in zip(figure.subplots(len(rows), len(columns), squeeze=False), rows.items()):
-        axes[0].set_ylabel(textwrap.fill(label, 16), rotation=0, ha="right", va="center", size=11)
-        for cell, i in zip(axes, columns):
+    axes = figure.subplots(len(rows), len(columns), squeeze=False)
+    for line, (label, pictures) in zip(axes, rows):
+        line[0].set_ylabel(textwrap.fill(label, 16), rotation=0, ha="right", va="center", size=11)
+        for cell, column in zip(line, columns):
             cell.set(xticks=[], yticks=[])
             cell.spines[:].set_visible(False)
-            if line[i] is not None:
-                cell.imshow(line[i], interpolation="nearest")
-    for cell, i in zip(figure.axes, columns):
-        lines = [textwrap.fill(line, 36, max_lines=4) for line in heads[i].split("\n")]
-        cell.set_title("\n".join(lines), size=11, loc="left")
+            if column in pictures:
+                cell.imshow(pictures[column], interpolation="nearest")
+    for cell, column in zip(axes[0], columns):
+        cell.set_title(heads[column], size=11, loc="left")
     figure.suptitle(title)
     return figure
 
@@ -516,116 +530,83 @@ def samples(r, k, device, steps=()):
         complain(r.folder, f"task {k} is left out of the figures ({error})")
         return []
     reseed("grid")
-    clip = getattr(r, "clip", True)  # of x_0 at each step; a JDCL run says it
     x_T = torch.randn(64, model.in_channels, r.image_size, r.image_size)
     x_T = x_T.unflatten(0, (8, 8))[:4, :4].flatten(0, 1).to(device)  # of a picture of 8x8 the upper left quarter
     with autocast:
-        drawn = [ddpm_sample(model, x_T, abar) if n == T else sample(model, x_T, abar, n, clip=clip)
+        drawn = [ddpm_sample(model, x_T, abar) if n == T else sample(model, x_T, abar, n, clip=r.clip)
                  for n in steps or [r.sample_steps]]
     return [make_grid(data.quantize(x_0).cpu(), nrow=4, padding=1).permute(1, 2, 0).numpy() for x_0 in drawn]
 
 
-def commonest(runs, metric):
-    """(metric, conditions) with the conditions of most of its values; None where there are none."""
-    found = [conditions for r in runs for name, _, conditions in r.values if name == metric]
-    return (metric, statistics.mode(found)) if found else None
+def usual(figure, runs):
+    """The runs that this figure of the paper shows, with the preset's teacher steps."""
+    return [r for r in runs if r.usual and r.method in ROWS[figure].split(", ")]
 
 
-def curve(points, metric, conditions):
-    """A curve of `plot` through points (x, runs, task), task None for the last; None where there are no values."""
-    found = [(runs[0], x, *mean_and_error(v)) for x, runs, task in points
-             if (v := values(runs, metric, task).get(conditions))]
-    return (found[0][0], *list(zip(*found))[1:]) if found else None
+def curve_figures(runs):
+    """(name, figure): quality over tasks, error by noise, and quality over lambda, as most values were measured."""
+    measured = [(metric, conditions) for r in runs for metric, _, conditions in r.values]
+    quality, last = "fid" if "fid" in dict(measured) else "frd", runs[0].tasks
+    plain = [r for r in runs if "lam" not in r.departs]
 
+    def pick(runs, metric, task):
+        commonest = statistics.mode([conditions for name, conditions in measured if name == metric] or [()])
+        return values(runs, metric, task).get(commonest)
 
-def usual(figure, bases, besides=()):
-    """The bases that this figure of the paper shows, and `besides`, all with the preset's teacher steps."""
-    methods = ROWS[figure].split(", ")
-    return [base for base, (r, *_) in bases.items() if r.usual and (r.method in methods or base in besides)]
+    def bases(runs):
+        return group(runs, lambda r: r.base).values()
 
-
-def denoising_figure(bases):
-    """The error on test images of task 1 by noise: after the last task, and over that after task 1."""
-    t, panels = np.arange(50, T, 100), ([], [])
-    for r, *more in bases.values():
-        v = np.array([(s.denoise[1], s.denoise[r.tasks]) for s in [r, *more] if {1, r.tasks} <= {*s.denoise}])
-        if len(v) and r.usual:
-            for curves, values in zip(panels, (v[:, 1], v[:, 1] / v[:, 0])):  # (runs, 10)
-                curves.append((r, t, *zip(*map(mean_and_error, values.T.tolist()))))
-    figure = plot([("t", f"error {when}", curves)
-                   for when, curves in zip(("after the last task", "over that after task 1"), panels)])
-    if figure:
-        figure.suptitle("mean |eps - model(x_t, t)|² on test images of task 1")
-    return figure
-
-
-def calls_figure(runs):
-    """Quality over the calls of the teacher, by method, solver and first step; None if no run departs in these two."""
-    runs = [r for r in runs if r.calls and "lam" not in r.departs]
-    quality, curves = commonest(runs, "fid") or commonest(runs, "frd"), []
-    if not quality or not any(r.variant for r in runs):
-        return None
-    styles = dict(zip(sorted({r.variant for r in runs}), ("o-", "s--", "^:", "D-.")))
-    for (title, variant), same in itertools.groupby(
-            sorted(runs, key=lambda r: (r.title, r.variant)), key=lambda r: (r.title, r.variant)):
-        same = list(same)
-        points = [(n, [r for r in same if r.calls == n], None) for n in sorted({r.calls for r in same})]
-        about = SimpleNamespace(label=title + variant, style=styles[variant], colour=same[0].colour)
-        curves += [(about, *found[1:]) for found in [curve(points, *quality)] if found]
-    return plot([("teacher calls in an update", METRICS[quality[0]][0], curves)])
-
-
-def curve_figures(bases, sweeps):
-    """(name, figure): quality over tasks, error by noise, and quality over lambda."""
-    runs = sum([*bases.values(), *sweeps.values()], [])
-    fid, frd, kld = (commonest(runs, metric) for metric in ("fid", "frd", "kld"))
-    quality = fid or frd
-    if not quality:
-        return
-    header, tasks = METRICS[quality[0]][0], range(1, 1 + runs[0].tasks)
-    for name, shown in ("figure4", usual("Figure 4", bases)), ("figureB2", bases):
-        panels = [("task", METRICS[metric][0], [curve([(k, bases[base], k) for k in tasks], metric, conditions)
-                                                for base in shown])
-                  for metric, conditions in (quality, kld)]
+    for name, shown in ("figure4", usual("Figure 4", plain)), ("figureB2", plain):
+        panels = []
+        for metric in quality, "kld":
+            curves = [(same[0], {k: pick(same, metric, k) for k in range(1, 1 + last)}) for same in bases(shown)]
+            panels.append(("task", METRICS[metric][0], curves))
         yield name, plot(panels)
-    yield "denoise", denoising_figure(bases)
 
     panels = []
-    for base in sweeps:
-        same = [r for r in runs if r.base == base]
-        points = [(lam, [r for r in same if r.lam == lam], None) for lam in sorted({r.lam for r in same})]
-        panels.append(("λ", header, [curve(points, *quality)]))
+    for metric, label in ("error", "error after the last task"), ("growth", "error over that after task 1"):
+        curves = [(same[0], {t: pick(same, f"{metric} {t}", last) for t in range(50, T, 100)})
+                  for same in bases([r for r in plain if r.usual])]
+        panels.append(("t", label, curves))
+    yield "denoise", plot(panels, "mean |eps - model(x_t, t)|² on test images of task 1")
+
+    panels = []
+    for same in bases(runs):
+        if any("lam" in r.departs for r in same):
+            points = {lam: pick(some, quality, last) for lam, some in group(same, lambda r: r.lam).items()}
+            panels.append(("λ", METRICS[quality][0], [(same[0], points)]))
     yield "lambda", plot(panels)
 
 
-def sample_figures(bases, device):
+def sample_figures(runs, device):
     """(name, figure): samples of one seed, the one that most runs have."""
-    there = [r for same in bases.values() for r in same if r.folder and any(r.folder.rglob("task*"))]
+    there = [r for r in runs if r.folder and any(r.folder.rglob("task*"))]
     if not there:
         return
     seed = statistics.mode(sorted(r.seed for r in there))
-    shown = {r.base: r for r in there if r.seed == seed}
-    first = next(iter(shown.values()))
-    tasks = range(1, 1 + first.tasks)
-    heads = [f"task {k}\n" + ", ".join(first.class_names[c] for c in first.class_tasks[k - 1]) for k in tasks]
-    pictures = {base: [next(iter(samples(r, k, device)), None) for k in tasks] for base, r in shown.items()}
-    own = [base for base, r in shown.items() if r.method not in COLOURS]
-    plans = {"figure2": usual("Figure 2", bases), "figure3": usual("Figure 4", bases, own),
-             "figure6": usual("Figure 6", bases)}
-    strips = enumerate(ROWS["Figure B.2"].split(", "), 13 if first.dataset == "cifar10" else 3)
-    for name, wanted in (plans | {f"figureB{i}": [base] for i, base in strips}).items():
-        rows = {shown[base].label: pictures[base] for base in wanted if base in shown}
-        yield name, grid(f"seed {seed}, after each task", heads, rows)
+    shown = [r for r in there if r.seed == seed]
+    first = shown[0]
+    heads = {k: f"task {k}\n" + textwrap.fill(", ".join(first.class_names[c] for c in classes), 36, max_lines=4)
+             for k, classes in enumerate(first.class_tasks, 1)}
+    pictures = {r.base: {k: pixels for k in heads for pixels in samples(r, k, device)} for r in shown}
+    own = [r for r in shown if r.usual and r.method not in COLOURS]
+    plans = {"figure2": usual("Figure 2", shown), "figure3": usual("Figure 4", shown) + own,
+             "figure6": usual("Figure 6", shown)}
+    for i, base in enumerate(ROWS["Figure B.2"].split(", "), 13 if first.dataset == "cifar10" else 3):
+        plans[f"figureB{i}"] = [r for r in shown if r.base == base]
+    for name, wanted in plans.items():
+        yield name, grid(f"seed {seed}, after each task", heads, [(r.label, pictures[r.base]) for r in wanted])
 
-    last, rows = f"seed {seed}, after the last task", {}
-    replaying = [r for r in shown.values() if r.method in ("gr", "gd")]
-    steps = sorted({r.count for r in replaying})
-    for r in replaying:
-        rows.setdefault(r.title, [None] * len(steps))[steps.index(r.count)] = pictures[r.base][-1]
+    title, rows = f"seed {seed}, after the last task", {}
+    for r in shown:
+        if r.method in ("gr", "gd") and r.tasks in pictures[r.base]:
+            rows.setdefault(r.title, {})[r.count] = pictures[r.base][r.tasks]
+    steps = sorted(set().union(*rows.values()))
     if len(steps) > 1:
-        yield "figure5", grid(last, [f"{n} teacher steps" for n in steps], rows)
-    rows = {r.label: samples(r, r.tasks, device, (2, 10, 100, T)) for r in shown.values() if r.method == "joint"}
-    yield "figureB1", grid(last, ["2 DDIM steps", "10 DDIM steps", "100 DDIM steps", "1000 DDPM steps"], rows)
+        yield "figure5", grid(title, {n: f"{n} teacher steps" for n in steps}, rows.items())
+    heads = {2: "2 DDIM steps", 10: "10 DDIM steps", 100: "100 DDIM steps", T: "1000 DDPM steps"}
+    yield "figureB1", grid(title, heads, [(r.label, dict(zip(heads, samples(r, r.tasks, device, heads))))
+                                          for r in shown if r.method == "joint"])
 
 
 def jdcl_figures(runs):
@@ -643,11 +624,11 @@ def jdcl_figures(runs):
     yield "jdcl-figure4", figure if shown else None
 
     curves = []
-    for _, same in itertools.groupby(runs, key=lambda r: r.name):
-        same = list(same)
-        x = sorted(set().union(*(r.curve for r in same)))
-        stats = [mean_and_error([100 * r.curve[u] for r in same if u in r.curve]) for u in x]
-        curves.append((same[0], x, *zip(*stats)))
+    for same in group(runs, lambda r: r.name).values():
+        points = {}
+        for update, accuracy in itertools.chain(*(r.curve.items() for r in same)):
+            points.setdefault(update, []).append(100 * accuracy)
+        curves.append((same[0], points))
     yield "jdcl-figure5", plot([("updates", "accuracy of task 1's images, %", curves)])
 
 
@@ -655,18 +636,13 @@ def figures(runs, out, device):
     """Draw all figures whose runs are there, for each dataset and what departs from its presets; return their names."""
     def family(r):
         scale, departs = f"-{r.scale}" * (r.scale != "paper"), r.name.removeprefix(r.base)
-        for swept in f"-lam{r.departs.get('lam')}", r.variant.replace(", ", "-"):
-            departs = departs.replace(swept, "")
+        departs = departs.replace(f"-lam{r.departs.get('lam')}", "")  # one figure shows all lambda
         return r.dataset_name, scale if r.curve else departs, bool(r.curve)
 
     made = []
-    for (dataset, departs, classifies), some in itertools.groupby(sorted(runs, key=family), key=family):
-        some, bases, sweeps = list(some), {}, {}
-        for r in some:
-            if not r.variant:
-                (sweeps if "lam" in r.departs else bases).setdefault(r.base, []).append(r)
-        drawn = jdcl_figures(some) if classifies else itertools.chain(
-            curve_figures(bases, sweeps), sample_figures(bases, device), [("calls", calls_figure(some))])
+    for (dataset, departs, classifies), some in sorted(group(runs, family).items()):
+        plain = [r for r in some if "lam" not in r.departs]
+        drawn = jdcl_figures(some) if classifies else [*curve_figures(some), *sample_figures(plain, device)]
         for name, figure in drawn:
             if figure:
                 about = ", ".join(filter(None, [some[0].dataset_title, departs[1:], figure.get_suptitle()]))

@@ -492,13 +492,13 @@ def test_a_model_draws_as_its_own_run_did(tmp_path, monkeypatch):
 
 def test_grid_puts_each_picture_into_its_cell():
     a, b, c, d, e = (np.full((9, 9, 3), v, np.uint8) for v in (10, 20, 30, 40, 60))
-    rows = {"up": [a, b, None, c], "empty": [None] * 4, "down": [d, None, None, e]}
-    figure = report.grid("A title", ["left", "middle\nof three", "an empty one", "right"], rows)
+    rows = [("up", {1: a, 2: b, 4: c}), ("empty", {}), ("down", {4: e, 1: d})]
+    figure = report.grid("A title", {1: "left", 2: "middle\nof three", 3: "an empty one", 4: "right"}, rows)
     shown = [[int(image.get_array().mean()) for image in axes.images] for axes in figure.axes]
     assert shown == [[10], [20], [30], [40], [], [60]]
     assert [axes.get_ylabel() for axes in figure.axes] == ["up", "", "", "down", "", ""]
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["left", "middle\nof three", "right", "", "", ""]
-    assert report.grid("A title", ["left"], {"empty": [None]}) is None
+    assert report.grid("A title", {1: "left"}, [("empty", {})]) is None
 
 
 def test_an_unknown_method_is_in_tables_curves_and_grids_after_the_known(tmp_path):
@@ -515,15 +515,15 @@ def test_an_unknown_method_is_in_tables_curves_and_grids_after_the_known(tmp_pat
     assert column(text, title, "name", "A or B") == ["`a\\|b`"]
     assert column(text, title.replace("Complete", "Shortened"), "name", "Half") == ["`half`"]
 
-    bases = {r.base: [x for x in runs if x.base == r.base] for r in runs if r.base != "half"}
+    runs = [r for r in runs if r.base != "half"]
     everything = ["Joint", "Experience replay, 100 images", "Generative distillation, 2 steps", "A or B",
                   "GD with EWC, 2 steps"]
-    drawn = dict(report.curve_figures(bases, {}))
+    drawn = dict(report.curve_figures(runs))
     names = {name: [t.get_text() for t in figure.legends[0].get_texts()] for name, figure in drawn.items() if figure}
     assert names["figure4"] == [everything[0], everything[2]] and names["figureB2"] == everything
     colours = [bars.lines[0].get_color() for bars in drawn["figureB2"].axes[0].containers]
     assert len(set(colours)) == 5 and colours[:3] == [report.COLOURS[m] for m in ("joint", "er", "gd")]
-    axes = dict(report.sample_figures(bases, "cpu"))["figure3"].axes
+    axes = dict(report.sample_figures(runs, "cpu"))["figure3"].axes
     assert [" ".join(a.get_ylabel().split()) for a in axes if a.get_ylabel()] == [everything[0], *everything[2:]]
     assert [a.get_title(loc="left") for a in axes[:2]] == ["task 1\nT-shirt, trouser", "task 2\npullover, dress"]
 
@@ -558,32 +558,13 @@ def test_quality_over_lambda_and_over_tasks(tmp_path):
         make(tmp_path, "gd-2", s, frd=100.0 + s)
         for lam in (0.25, 1.5):
             make(tmp_path, "gd-2", s, frd=200.0 * lam + s, departs={"lam": lam})
-    runs = report.find([tmp_path])
-    bases, sweeps = {"gd-2": [r for r in runs if not r.departs]}, {"gd-2": [r for r in runs if r.departs]}
-    drawn = dict(report.curve_figures(bases, sweeps))
+    make(tmp_path, "gd-2", 1714, frd=999.0, departs={"lam": 1.5}, done=3)  # not yet to be averaged with those
+    drawn = dict(report.curve_figures(report.find([tmp_path])))
     assert list(drawn) == ["figure4", "figureB2", "denoise", "lambda"] and drawn["denoise"] is None
     line, *_ = drawn["lambda"].axes[0].containers[0]
     np.testing.assert_allclose(line.get_xydata(), [(0.25, 50 + 55.5), (0.75, 155.5), (1.5, 355.5)])
     line, *_ = drawn["figure4"].axes[0].containers[0]
     np.testing.assert_allclose(line.get_xydata(), [(1, 50), (2, 50), (3, 50), (4, 50), (5, 155.5)])
-
-
-def test_quality_over_the_calls_of_the_teacher(tmp_path):
-    """One curve for each method and what departs in its teacher; such runs get into no other figure."""
-    for s, (n, frd, departs) in itertools.product((42, 69), (
-            (2, 100, {}), (10, 50, {}), (2, 80, {"first_step": "analytic"}),
-            (5, 60, {"teacher_solver": "ipndm", "first_step": "analytic"}))):
-        make(tmp_path, f"gd-{n}", s, frd=frd + s / 10, departs=departs, scale="small")
-    runs = report.find([tmp_path])
-    figure = report.calls_figure(runs)
-    curves = {text.get_text(): bars for text, bars in zip(figure.legends[0].get_texts(), figure.axes[0].containers)}
-    points = {name: bars.lines[0].get_xydata().round(6).tolist() for name, bars in curves.items()}
-    title = TITLES["gd"]
-    assert points == {title: [[2, 105.55], [10, 55.55]], f"{title}, analytic": [[2, 85.55]],
-                      f"{title}, ipndm, analytic": [[5, 65.55]]}
-    assert report.calls_figure([r for r in runs if not r.variant]) is None
-    made = report.figures(runs, tmp_path, "cpu")
-    assert set(made) == {f"{name}-fashion-mnist-small.png" for name in ("figure4", "figureB2", "calls")}
 
 
 def test_frd_by_task_is_a_mean_over_tasks_and_what_it_was_before(tmp_path):
@@ -610,16 +591,17 @@ def test_frd_by_task_is_a_mean_over_tasks_and_what_it_was_before(tmp_path):
 def test_error_by_noise_after_the_last_task_and_over_that_after_task_1(tmp_path):
     make(tmp_path, "gr-2", 42)
     make(tmp_path, "gd-10", 42)  # not the preset's steps
-    for base, s, factor in ("gd-2", 42, 2.0), ("gd-2", 69, 4.0), ("gd-10", 42, 9.0):
-        path = make(tmp_path, base, s) / "eval.json"
+    for base, s, factor, precision in (("gd-2", 42, 2.0, "fp32"), ("gd-2", 69, 4.0, "fp32"), ("gd-2", 7, 50.0, "bf16"),
+                                       ("gd-10", 42, 9.0, "fp32")):
+        path = make(tmp_path, base, s, precision=precision) / "eval.json"
         records = json.loads(path.read_text())
         for r in records:
             r["denoise"] = [0.1 * (i + 1) * (factor if r["task"] == 5 else 1) for i in range(10)]
         write(path, records)
-    bases = {base: [r for r in report.find([tmp_path]) if r.base == base] for base in ("gr-2", "gd-2", "gd-10")}
-    drawn = dict(report.curve_figures({"gr-2": bases["gr-2"]}, {})), report.denoising_figure(bases)
-    assert drawn[0]["denoise"] is None and len(drawn[1].axes) == 2
-    for axes, expected in zip(drawn[1].axes, ([0.3 * (i + 1) for i in range(10)], [3.0] * 10)):
+    runs = report.find([tmp_path])
+    assert dict(report.curve_figures([r for r in runs if r.base == "gr-2"]))["denoise"] is None
+    figure = dict(report.curve_figures(runs))["denoise"]
+    for axes, expected in zip(figure.axes, ([0.3 * (i + 1) for i in range(10)], [3.0] * 10), strict=True):
         (bars,) = axes.containers
         np.testing.assert_allclose(bars.lines[0].get_xydata().T, [range(50, 1000, 100), expected])
         assert np.ptp(bars.lines[2][0].get_segments()[9][:, 1]) == pytest.approx(2 * expected[9] / 3)
