@@ -20,6 +20,7 @@ import contextlib
 import importlib
 import itertools
 import json
+import operator
 import platform
 import re
 import shlex
@@ -89,8 +90,7 @@ jdcl --labels 0.008 | JDCL, 0.8 % of the labels | 78.93 | – | 22.19 | –
 COMMANDS = {  # what trains the bases in PAPER and ROWS; gr and gd have the preset's teacher steps
     "joint": "train_gr.py --replay all", "finetune": "train_gr.py --replay none",
     **{f"er-{n}": f"train_gr.py --replay buffer --buffer-size {n}" for n in (10, 100, 1000)},
-    **{f"gr-{n}": f"train_gr.py --teacher-steps {n}" for n in (2, 10, 100)},
-    **{f"gd-{n}": f"train_gd.py --teacher-steps {n}" for n in (2, 10, 100)},
+    **{f"{gr}-{n}": f"train_{gr}.py --teacher-steps {n}" for gr in ("gr", "gd") for n in (2, 10, 100)},
     "lwf": "train_gd.py --distill current", "noise": "train_gd.py --distill noise",
     "classifier-joint": "train_classifier.py --replay all", "classifier-finetune": "train_classifier.py --replay none",
     "gr": "train_gr.py", "gd": "train_gd.py", "ewc": "train_ewc.py", "ewc-random": "train_ewc.py --direction random",
@@ -125,7 +125,6 @@ BEYOND = {  # docs/beyond.md, docs/jdcl.md
     "few labels": ", ".join(f"jdcl --labels {share}{alone}{order}" for share in (0.05, 0.008)
                             for order in ("", " --class-order 0,1,2,3,4|5,6,7,8,9")
                             for alone in ("", " --labelled-only"))}
-ACCURACY = "Table 2", "Table B.3", "Table B.4", "Table B.5"  # of the continual classifier
 INTRODUCTION = """# Results
 
 Ours are mean ± standard error (sample standard deviation / √n) over n seeds, and (n). A dash was not measured, or is
@@ -148,6 +147,8 @@ COLOURS = {"joint": "black", "finetune": "0.6", "er": "tab:olive", "gr": "tab:re
            "lwf": "tab:green", "noise": "tab:purple"}
 STYLES = {10: "s--", 100: "^:", 1000: "D-."}  # of a curve, by teacher steps or buffer size
 SPARE = "tab:orange tab:brown tab:pink tab:cyan gold navy lime teal salmon orchid".split()
+UNSAID = dict(precision="fp32", clip=True, sample_steps=None, teacher_steps=None, buffer_size=None, preset={},
+              parameters=None, script="")  # what not every run says
 
 
 # ------------------------------ arguments
@@ -177,16 +178,12 @@ def get_args(argv=None):
 
 # ------------------------------ reading
 
-def complain(where, what):
-    print(f"{where}: {what}", file=sys.stderr)
-
-
 def parse_metrics(text):
     """Of metrics.jsonl seconds, peak memory, ms of each task (mean over its last 1000 updates), and where the model
     classifies `curve`, [[task, update, accuracy of task 1's images], ...].
     """
-    whole, speed = text.rpartition("\n")[0], []  # a kill may cut the last line short
-    records = [json.loads(line) for line in whole.splitlines()]
+    records = [json.loads(line) for line in text.split("\n")[:-1]]  # a kill may cut the last line short
+    speed = []
     for task, some in itertools.groupby(records, key=lambda r: r["task"]):
         update, ms = np.array([(r["update"], r["ms_per_update"]) for r in some]).T
         weights = np.diff(update, prepend=0) * (update > update[-1] - 1000)  # a record is of all updates since the last
@@ -210,14 +207,17 @@ def read_folder(folder):
     """What --save writes, of a run folder or of one that holds a classifier alone."""
     record = dict(config=None, eval=[], classifier=None, accuracy=None, metrics={})
     for key in record:
-        path = folder / (f"{key}.jsonl" if key == "metrics" else f"{key}.json")
+        path = folder / ("metrics.jsonl" if key == "metrics" else f"{key}.json")
         try:
             if path.exists():
-                record[key] = (parse_metrics if key == "metrics" else json.loads)(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            complain(path, f"damaged, the rest of the folder goes without it ({error})")
+                text = path.read_text(encoding="utf-8")
+                record[key] = parse_metrics(text) if key == "metrics" else json.loads(text)
+        except Exception as error:
+            if key == "config":
+                raise
+            print(f"{path}: damaged, the rest of the folder goes without it ({error})", file=sys.stderr)
     c, classifier, accuracy = record["config"], record["classifier"], record["accuracy"]
-    if (folder / "config.json").exists():
+    if c:
         done = [k for k in range(1, 1 + len(c["class_tasks"])) if (folder / f"task{k}.pt").exists()]
         done += [e["task"] for e in record["eval"]] + ([len(accuracy["matrix"])] if accuracy else [])
     else:
@@ -225,103 +225,84 @@ def read_folder(folder):
     return dict(record, tasks_done=max(done, default=0), device=machine((c or classifier)["device"]))
 
 
-def list_values(record, c):
-    """Yield all that was measured of a run with config `c`, one by one: metric, task, value, conditions.
+def list_values(r):
+    """Yield all that was measured of a run, one by one: metric, task, value, conditions.
 
     The conditions are texts that say what is not as in the paper, such as "n 2000" or "bf16", or nothing. Only values
     with the same conditions may be averaged.
     """
-    done, metrics, classifier = record["tasks_done"], record["metrics"], record["classifier"]
-    precision = c["precision"] if c.get("precision", "fp32") != "fp32" else ""
-    errors = {e["task"]: e["denoise"] for e in record["eval"] if "denoise" in e}  # on images of task 1, by noise
-    for k, of_k in errors.items():
-        for t, error, at_first in zip(range(50, T, 100), of_k, errors.get(1, [])):
+    classifier, accuracy, metrics = r.record["classifier"], r.record["accuracy"], r.record["metrics"]
+    precision = r.precision * (r.precision != "fp32")
+    errors = {e["task"]: e.get("denoise", []) for e in r.record["eval"]}  # on images of task 1, by noise
+    for k in errors:
+        for t, error, at_first in zip(range(50, T, 100), errors[k], errors.get(1, [])):
             yield f"error {t}", k, error, [precision]
             yield f"growth {t}", k, error / at_first, [precision]
     first = {}  # (task, conditions): the frd of its images when it was the newest
-    for e in record["eval"]:
-        p, fid = e["protocol"], e["protocol"]["fid"] or {"name": "tf1"}
-        unlike = [precision, f"n {p['n']}" * (p["n"] != 10000),
-                  f"{p['steps']} steps" * (p["steps"] != c["sample_steps"])]
-        yield "fid", e["task"], e["fid"], [*unlike, fid["name"] * (fid["name"] != "tf1")]
-        unlike = [*unlike, f"labeller {p['frd']['sha256'][:12]}"]
+    for e in r.record["eval"]:
+        k, p, fid = e["task"], e["protocol"], e["protocol"]["fid"] or {"name": "tf1"}
+        unlike = [precision, f"n {p['n']}" * (p["n"] != 10000), f"{p['steps']} steps" * (p["steps"] != r.sample_steps)]
+        yield "fid", k, e["fid"], [*unlike, fid["name"] * (fid["name"] != "tf1")]
+        unlike.append(f"labeller {p['frd']['sha256'][:12]}")
         for metric in ("frd", "kld", "share_old"):
-            yield metric, e["task"], e[metric], unlike
+            yield metric, k, e[metric], unlike
         now = e.get("frd_by_task", [None])
-        first[e["task"], *unlike] = now[-1]
-        then = [first.get((k, *unlike)) for k in range(1, 1 + len(now))]
+        first[k, *unlike] = now[-1]
+        then = [first.get((task, *unlike)) for task in range(1, 1 + len(now))]
         if all(now + then):  # no task is lost altogether
-            yield "afrd", e["task"], statistics.fmean(now), unlike
-            yield "frd_forgetting", e["task"], statistics.fmean(now) - statistics.fmean(then), unlike
+            yield "afrd", k, statistics.fmean(now), unlike
+            yield "frd_forgetting", k, statistics.fmean(now) - statistics.fmean(then), unlike
     if classifier:
-        p = classifier["protocol"]
+        p = dict(steps=None, replay_loss=None, pool=None) | classifier["protocol"]
         unlike = [precision, f"updates {p['updates']}" * (p["updates"] != classifier["preset_updates"]),
-                  f"{p.get('steps')} steps" * (p.get("steps") != c.get("sample_steps")),
-                  "reversed loss" * (p.get("replay_loss") == "reversed"),
-                  f"pool of {p.get('pool')}" * bool(p.get("pool"))]
-        for task, value in enumerate(classifier["accuracy"], 1):
-            yield "acc", task, value, unlike
+                  f"{p['steps']} steps" * (p["steps"] != r.sample_steps),
+                  "reversed loss" * (p["replay_loss"] == "reversed"), f"pool of {p['pool']}" * bool(p["pool"])]
+        for k, value in enumerate(classifier["accuracy"], 1):
+            yield "acc", k, value, unlike
     for s in metrics.get("ms_per_update", []):
-        yield "ms", s["task"], s["mean"], [precision, record["device"]]
+        yield "ms", s["task"], s["mean"], [precision, r.record["device"]]
     for metric in ("seconds", "peak_memory_mb"):
-        yield metric, done, metrics.get(metric), [precision, record["device"]]
-    for metric in ("average_accuracy", "average_forgetting") if record["accuracy"] else ():
-        yield metric, done, record["accuracy"][metric], [precision]
-    yield "parameters", done, c.get("parameters"), []
+        yield metric, r.done, metrics.get(metric), [precision, r.record["device"]]
+    for metric in ("average_accuracy", "average_forgetting") if accuracy else ():
+        yield metric, r.done, accuracy[metric], [precision]
+    yield "parameters", r.done, r.parameters, []
 
 
-def make_run(record, c):
-    """A run as an object: its config `c` as attributes, and besides
+def read(path):
+    """The run of a run folder or of a file of --save: its config.json or classifier.json as attributes, and besides
 
     values, done    {(metric, task, conditions): value} of all that was measured; how many tasks are done
     complete        whether it may stand beside the paper's values, at `place` (row) and `column` of PAPER
     row             sorts the tables; runs with the same row are averaged
     label, usual    what figures call it, and whether the main ones show it; count: teacher steps or buffer size
     curve, logits   of a model that classifies (JDCL): {update: accuracy of task 1's images}, and the histogram of the
-                    largest logits, {"real" or "replayed": (shares, edges)}
+                    largest logits of "real" and "replayed" images
     """
-    r, accuracy = SimpleNamespace(**{"clip": True, **c}), record["accuracy"]
-    r.record, r.seed, r.done, r.tasks = record, int(r.seed), record["tasks_done"], len(r.class_tasks)
-    r.values = {(metric, int(task), tuple(filter(None, conditions))): float(value)
-                for metric, task, value, conditions in list_values(record, c) if value is not None}
+    record = read_folder(path) if path.is_dir() else json.loads(path.read_text(encoding="utf-8"))
+    r = SimpleNamespace(**UNSAID | (record["config"] or record["classifier"]["protocol"] | record["classifier"]))
+    r.path, r.folder, r.record, r.done, r.tasks = path, None, record, record["tasks_done"], len(r.class_tasks)
+    r.values = {(metric, task, tuple(filter(None, conditions))): float(value)
+                for metric, task, value, conditions in list_values(r) if value is not None}
     r.dataset_title = data.DATASETS[r.dataset].title if r.dataset in data.DATASETS else r.dataset_name
-    preset = c.get("preset_updates") or []
-    r.complete = r.scale == "paper" and 0 < r.done == r.tasks == len(r.updates) == len(preset) and all(
-        u >= p for u, p in zip(r.updates, preset))
+    r.complete = r.scale == "paper" and 0 < r.done == r.tasks == len(r.updates) == len(r.preset_updates or []) and all(
+        map(operator.ge, r.updates, r.preset_updates))
 
-    begin = [0, *itertools.accumulate(r.updates)]
+    begin, accuracy = [0, *itertools.accumulate(r.updates)], record["accuracy"] or dict(matrix=[], tasks=[])
     r.curve = {begin[task - 1] + update: float(v) for task, update, v in record["metrics"].get("curve", [])}
-    r.curve |= {begin[k]: float(row[0]) for k, row in enumerate(accuracy["matrix"] if accuracy else [], 1)}
-    r.logits, replay = {}, accuracy["tasks"][-1]["replay"] if accuracy else None
-    for kind in ("real", "replayed") if replay else ():
-        counts, edges = replay["logits"][kind]["counts"], replay["logits"]["edges"]
-        r.logits[kind] = np.divide(counts, sum(counts)), np.reshape(edges, len(counts) + 1)
+    r.curve |= {begin[k]: float(row[0]) for k, row in enumerate(accuracy["matrix"], 1)}
+    replays = [task["replay"] for task in accuracy["tasks"]]
+    r.logits = replays[-1]["logits"] if replays and replays[-1] else None
 
-    steps, images, known = c.get("teacher_steps"), c.get("buffer_size"), list(COLOURS)
-    r.count, r.usual = int(steps or images or 0), steps == c.get("preset", {}).get("teacher_steps", steps)
+    steps, images, known = r.teacher_steps, r.buffer_size, [*COLOURS, r.method]
+    r.count, r.usual = int(steps or images or 0), steps == r.preset.get("teacher_steps", steps)
     r.label = r.name if r.curve else r.title + (f", {steps} steps" if steps else f", {images} images" if images else "")
-    r.row = (known.index(r.method) if r.method in known else len(known), r.method, r.count, r.base, len(r.departs),
-             json.dumps(r.departs), r.done, sum(r.updates[:r.done]), c.get("script", ""))
+    r.row = known.index(r.method), r.method, r.count, len(r.departs), r.name, r.done, sum(r.updates[:r.done]), r.script
+    r.column = r.dataset + f" --tasks {r.tasks}" * ("tasks" in r.departs)
     r.place = r.base + "".join(f" --{key.replace('_', '-')}" + f" {value}" * (value is not True)
                                for key, value in r.departs.items() if key not in ("precision", "tasks"))
-    if c.get("script") not in (None, COMMANDS.get(r.base, COMMANDS.get(r.method, "")).partition(" ")[0]):
+    if r.script not in ("", COMMANDS.get(r.base, COMMANDS.get(r.method, "")).partition(" ")[0]):
         r.place = None  # of a copy of a script, whatever it calls its method
-    r.column = r.dataset + (f" --tasks {r.tasks}" if "tasks" in r.departs else "")
     return r
-
-
-def read(path):
-    """The run of a run folder or of a file of --save; None and a sentence on stderr if it is damaged or old."""
-    try:
-        record = read_folder(path) if path.is_dir() else json.loads(path.read_text(encoding="utf-8"))
-        c = record["config"] or record["classifier"]["protocol"] | record["classifier"]
-        if "dataset_name" not in c:
-            return complain(path, f"made by an older version: run it again with {c['command']}")
-        r = make_run(record, c)
-        r.path, r.folder = path, None
-        return r
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        return complain(path, f"damaged and left out ({type(error).__name__}: {error})")
 
 
 def find(folders):
@@ -334,12 +315,17 @@ def find(folders):
         if not folder.is_dir():
             raise InputError(f"there is no folder {folder}: give the one with the runs, usually runs/")
         paths = {path.parent for name in ("config.json", "classifier.json") for path in folder.rglob(name)}
-        every += filter(None, map(read, sorted(paths.union(folder.rglob("seed*.json")))))
+        for path in sorted(paths.union(folder.rglob("seed*.json"))):
+            try:
+                every.append(read(path))
+            except Exception as error:  # whatever is wrong with a run, the others are reported
+                print(f"{path}: left out, damaged or of an older version ({type(error).__name__}: {error})",
+                      file=sys.stderr)
     for same in group(every, lambda r: (r.dataset_name, r.name, r.seed)).values():
         runs.append(best := max(same, key=lambda r: len(r.values)))
         for r in same:
             if r.record["config"] != best.record["config"]:
-                complain(r.path, f"left out, {r.name} with seed {r.seed} was read from {best.path}")
+                print(f"{r.path}: left out, {r.name} with seed {r.seed} was read from {best.path}", file=sys.stderr)
             elif r.path.is_dir() and not best.folder:
                 best.folder = r.path  # has the models and pictures
     runs.sort(key=lambda r: (r.dataset_name, r.row, r.scale, r.seed))
@@ -369,14 +355,15 @@ def missing(rows, scale, dataset, seeds, runs):
         with contextlib.redirect_stdout(sys.stderr):  # what it says of a folder of pictures is no command
             args = importlib.import_module(script.removesuffix(".py")).get_args(train[1:])
         run_key = args.dataset_name, args.name, seed
-        r, folder = there.get(run_key), Path("runs", args.dataset_name, args.name, f"seed{seed}")
+        r = there.get(run_key)
+        whole = r and r.folder and all((r.folder / f"task{k}.pt").exists() for k in range(1, r.tasks + 1))
+        folder = (r.folder if whole else Path("runs", args.dataset_name, args.name, f"seed{seed}")).as_posix()
         if script == "train_classifier.py":
             commands = [train] * lacks(r, "acc")
         else:
-            after = ["eval_fid.py"] * lacks(r, "kld") + ["train_classifier.py"] * (classify and lacks(r, "acc"))
-            whole = r and r.folder and all((r.folder / f"task{k}.pt").exists() for k in range(1, r.tasks + 1))
-            commands = [train] * (bool(after) and not whole)
-            commands += [[script, (r.folder if whole else folder).as_posix()] for script in after]
+            commands = [["eval_fid.py", folder]] * lacks(r, "kld")
+            commands += [["train_classifier.py", folder]] * (classify and lacks(r, "acc"))
+            commands = [train] * (bool(commands) and not whole) + commands
         wanted.setdefault(run_key, commands)
     return sum(wanted.values(), [])
 
@@ -527,7 +514,7 @@ def samples(r, k, device, steps=()):
         model, abar = UNet(**NETS[r.unet]).to(device), alpha_bar(r.schedule).to(device)
         run.load_weights(model, weights)
     except (OSError, SyntaxError, ValueError, KeyError) as error:
-        complain(r.folder, f"task {k} is left out of the figures ({error})")
+        print(f"{r.folder}: task {k} is left out of the figures ({error})", file=sys.stderr)
         return []
     reseed("grid")
     x_T = torch.randn(64, model.in_channels, r.image_size, r.image_size)
@@ -617,8 +604,9 @@ def jdcl_figures(runs):
     figure = Figure(figsize=(0.1 + 3.8 * len(shown), 3.4), layout="constrained")
     for i, r in enumerate(sorted(shown.values(), key=lambda r: r.row), 1):
         axes = figure.add_subplot(1, len(shown), i, xlabel="largest logit", ylabel="share of the images")
-        for kind, (shares, edges) in r.logits.items():
-            axes.stairs(shares, edges, fill=True, alpha=0.5, label=kind)
+        for kind in "real", "replayed":
+            counts = r.logits[kind]["counts"]
+            axes.stairs(np.divide(counts, sum(counts)), r.logits["edges"], fill=True, alpha=0.5, label=kind)
         axes.set_title(f"{r.name}, seed {r.seed}, task {r.done}", size=10)
         axes.legend(frameon=False, fontsize=8)
     yield "jdcl-figure4", figure if shown else None
@@ -655,10 +643,10 @@ def figures(runs, out, device):
 def main(argv=None):
     args = get_args(argv)
     if args.rows:
-        lists = ROWS | BEYOND
-        rows = [(row, name in ACCURACY and row not in ("joint", "finetune"))
-                for name in (TABLES if args.rows == "all" else [args.rows])
-                for row in lists.get(f"{name} on {args.dataset}", lists[name]).split(", ")]
+        lists, rows = ROWS | BEYOND, []
+        for name in TABLES if args.rows == "all" else [args.rows]:
+            listed = lists.get(f"{name} on {args.dataset}", lists[name])
+            rows += [(row, TARGETS in listed and row not in ("joint", "finetune")) for row in listed.split(", ")]
         rows.sort(key=lambda row: not row[1])  # of a row in two tables the one with an accuracy counts
         for command in missing(rows, args.scale, args.dataset, args.seeds, find(args.folders)):
             print("python", shlex.join(command))
