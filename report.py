@@ -247,7 +247,7 @@ def list_values(r):
         for metric in ("frd", "kld", "share_old"):
             yield metric, k, e[metric], unlike
         now = e.get("frd_by_task", [None])
-        first[k, *unlike] = now[-1]
+        first[(k, *unlike)] = now[-1]
         then = [first.get((task, *unlike)) for task in range(1, 1 + len(now))]
         if all(now + then):  # no task is lost altogether
             yield "afrd", k, statistics.fmean(now), unlike
@@ -284,14 +284,15 @@ def read(path):
     r.values = {(metric, task, tuple(filter(None, conditions))): float(value)
                 for metric, task, value, conditions in list_values(r) if value is not None}
     r.dataset_title = data.DATASETS[r.dataset].title if r.dataset in data.DATASETS else r.dataset_name
-    r.complete = r.scale == "paper" and 0 < r.done == r.tasks == len(r.updates) == len(r.preset_updates or []) and all(
+    r.complete = r.scale == "paper" and r.done == r.tasks == len(r.preset_updates) and all(
         map(operator.ge, r.updates, r.preset_updates))
 
-    begin, accuracy = [0, *itertools.accumulate(r.updates)], record["accuracy"] or dict(matrix=[], tasks=[])
+    begin, accuracy, r.logits = [0, *itertools.accumulate(r.updates)], record["accuracy"], None
     r.curve = {begin[task - 1] + update: float(v) for task, update, v in record["metrics"].get("curve", [])}
-    r.curve |= {begin[k]: float(row[0]) for k, row in enumerate(accuracy["matrix"], 1)}
-    replays = [task["replay"] for task in accuracy["tasks"]]
-    r.logits = replays[-1]["logits"] if replays and replays[-1] else None
+    if accuracy:
+        r.curve |= {begin[k]: float(row[0]) for k, row in enumerate(accuracy["matrix"], 1)}
+        replay = accuracy["tasks"][-1]["replay"]
+        r.logits = replay and replay["logits"]
 
     steps, images, known = r.teacher_steps, r.buffer_size, [*COLOURS, r.method]
     r.count, r.usual = int(steps or images or 0), steps == r.preset.get("teacher_steps", steps)
@@ -477,12 +478,9 @@ def plot(panels, title=""):
 
 
 def grid(title, heads, rows):
-    """A picture of rows (label, {column: pixels (h, w, 3)}) under `heads`, {column: text} in the order of the columns.
-
-    Empty rows and columns are left out; None if all are empty.
-    """
+    """A picture of rows (label, {column: pixels (h, w, 3)}) under heads {column: text}; None if all are empty."""
     rows = [row for row in rows if row[1]]
-    columns = [column for column in heads if any(column in pictures for _, pictures in rows)]
+    columns = sorted(set().union(*(pictures for _, pictures in rows)))
     if not rows:
         return None
     figure = Figure(figsize=(max(7, 1.6 + 2.8 * len(columns)), 1 + 2.9 * len(rows)), layout="constrained")
@@ -520,8 +518,8 @@ def samples(r, k, device, steps=()):
     x_T = torch.randn(64, model.in_channels, r.image_size, r.image_size)
     x_T = x_T.unflatten(0, (8, 8))[:4, :4].flatten(0, 1).to(device)  # of a picture of 8x8 the upper left quarter
     with autocast:
-        drawn = [ddpm_sample(model, x_T, abar) if n == T else sample(model, x_T, abar, n, clip=r.clip)
-                 for n in steps or [r.sample_steps]]
+        drawn = [ddpm_sample(model, x_T, abar) if steps and n == T else
+                 sample(model, x_T, abar, n, clip=r.clip) for n in steps or [r.sample_steps]]
     return [make_grid(data.quantize(x_0).cpu(), nrow=4, padding=1).permute(1, 2, 0).numpy() for x_0 in drawn]
 
 
@@ -567,7 +565,7 @@ def curve_figures(runs):
 
 def sample_figures(runs, device):
     """(name, figure): samples of one seed, the one that most runs have."""
-    there = [r for r in runs if r.folder and any(r.folder.rglob("task*"))]
+    there = [r for r in runs if r.folder and "lam" not in r.departs and any(r.folder.rglob("task*"))]
     if not there:
         return
     seed = statistics.mode(sorted(r.seed for r in there))
@@ -588,9 +586,9 @@ def sample_figures(runs, device):
     for r in shown:
         if r.method in ("gr", "gd") and r.tasks in pictures[r.base]:
             rows.setdefault(r.title, {})[r.count] = pictures[r.base][r.tasks]
-    steps = sorted(set().union(*rows.values()))
-    if len(steps) > 1:
-        yield "figure5", grid(title, {n: f"{n} teacher steps" for n in steps}, rows.items())
+    heads = {n: f"{n} teacher steps" for n in set().union(*rows.values())}
+    if len(heads) > 1:
+        yield "figure5", grid(title, heads, rows.items())
     heads = {2: "2 DDIM steps", 10: "10 DDIM steps", 100: "100 DDIM steps", T: "1000 DDPM steps"}
     yield "figureB1", grid(title, heads, [(r.label, dict(zip(heads, samples(r, r.tasks, device, heads))))
                                           for r in shown if r.method == "joint"])
@@ -629,8 +627,7 @@ def figures(runs, out, device):
 
     made = []
     for (dataset, departs, classifies), some in sorted(group(runs, family).items()):
-        plain = [r for r in some if "lam" not in r.departs]
-        drawn = jdcl_figures(some) if classifies else [*curve_figures(some), *sample_figures(plain, device)]
+        drawn = jdcl_figures(some) if classifies else [*curve_figures(some), *sample_figures(some, device)]
         for name, figure in drawn:
             if figure:
                 about = ", ".join(filter(None, [some[0].dataset_title, departs[1:], figure.get_suptitle()]))

@@ -327,11 +327,10 @@ def test_shortened_runs_stand_apart(tmp_path):
     make(tmp_path, "gd-2", fid=21, departs={"length": ("iterations", [50])}, per_task=50)
     make(tmp_path, "gd-2", fid=22, done=3)                                          # not finished
     make(tmp_path, "gr-2", fid=23, updates=[100, 100, 100, 100, 99])                # under the preset's name
-    make(tmp_path, "joint", fid=24, preset_updates=None)
-    make(tmp_path, "finetune", fid=25, preset_updates=[])
+    make(tmp_path, "joint", fid=24, preset_updates=[])
     make(tmp_path, "noise", fid=26, preset_updates=[100] * 4)
     text = text_of(tmp_path)
-    for row in ("GD, 2 steps", "GR, 2 steps", "Joint", "Finetune", "Gaussian noise"):
+    for row in ("GD, 2 steps", "GR, 2 steps", "Joint", "Gaussian noise"):
         assert column(text, MAIN, FM_FID, row)[1] == "–"
     assert "Complete" not in text
     tiny = "Shortened: Fashion-MNIST, tiny scale, 16x16, 3 tasks"
@@ -487,6 +486,8 @@ def test_a_model_draws_as_its_own_run_did(tmp_path, monkeypatch):
         torch.save({"task": 5, "model": model.state_dict(), "memory": {}}, folder / "task5.pt")
         drawn += report.samples(report.find([tmp_path])[0], 5, "cpu")
     assert (drawn[0] != drawn[1]).any()
+    monkeypatch.setattr(report, "T", 10)  # as many as its own DDIM steps: that does not make them DDPM's
+    assert (drawn[1] == report.samples(report.find([tmp_path])[0], 5, "cpu")[0]).all()
 
 
 def test_grid_puts_each_picture_into_its_cell():
