@@ -145,10 +145,12 @@ METRICS = {  # header and decimals; beside the papers' values ours have as many 
 # The methods in the order of tables and figures, with their colours. Any other comes after them, in a spare colour.
 COLOURS = {"joint": "black", "finetune": "0.6", "er": "tab:olive", "gr": "tab:red", "gd": "tab:blue",
            "lwf": "tab:green", "noise": "tab:purple"}
-STYLES = {10: "s--", 100: "^:", 1000: "D-."}  # of a curve, by teacher steps or buffer size
+STYLES = "o-", "s--", "^:", "D-."  # of curves in the same colour
 SPARE = "tab:orange tab:brown tab:pink tab:cyan gold navy lime teal salmon orchid".split()
+TEACHER = "teacher_solver", "first_step"  # flags of how it draws
 UNSAID = dict(precision="fp32", clip=True, sample_steps=None, teacher_steps=None, buffer_size=None, preset={},
               parameters=None, script="")  # what not every run says
+DAMAGE = OSError, ValueError, KeyError, TypeError, AttributeError, IndexError  # what reading a damaged file may raise
 
 
 # ------------------------------ arguments
@@ -212,7 +214,7 @@ def read_folder(folder):
             if path.exists():
                 text = path.read_text(encoding="utf-8")
                 record[key] = parse_metrics(text) if key == "metrics" else json.loads(text)
-        except Exception as error:
+        except DAMAGE as error:
             if key == "config":
                 raise
             print(f"{path}: damaged, the rest of the folder goes without it ({error})", file=sys.stderr)
@@ -274,7 +276,8 @@ def read(path):
     values, done    {(metric, task, conditions): value} of all that was measured; how many tasks are done
     complete        whether it may stand beside the paper's values, at `place` (row) and `column` of PAPER
     row             sorts the tables; runs with the same row are averaged
-    label, usual    what figures call it, and whether the main ones show it; count: teacher steps or buffer size
+    label, usual    what figures call it, and whether the main ones show it
+    count, variant  teacher steps or buffer size, and how else its teacher draws, ", analytic" or ", ipndm"
     curve, logits   of a model that classifies (JDCL): {update: accuracy of task 1's images}, and the histogram of the
                     largest logits of "real" and "replayed" images
     """
@@ -296,6 +299,8 @@ def read(path):
 
     steps, images, known = r.teacher_steps, r.buffer_size, [*COLOURS, r.method]
     r.count, r.usual = int(steps or images or 0), steps == r.preset.get("teacher_steps", steps)
+    r.style = STYLES[[10, 100, 1000].index(r.count) + 1 if r.count in (10, 100, 1000) else 0]
+    r.variant = "".join(f", {r.departs[key]}" for key in TEACHER if key in r.departs)
     r.label = r.name if r.curve else r.title + (f", {steps} steps" if steps else f", {images} images" if images else "")
     r.row = known.index(r.method), r.method, r.count, len(r.departs), r.name, r.done, sum(r.updates[:r.done]), r.script
     r.column = r.dataset + f" --tasks {r.tasks}" * ("tasks" in r.departs)
@@ -319,7 +324,7 @@ def find(folders):
         for path in sorted(paths.union(folder.rglob("seed*.json"))):
             try:
                 every.append(read(path))
-            except Exception as error:  # whatever is wrong with a run, the others are reported
+            except DAMAGE as error:  # the other runs are reported all the same
                 print(f"{path}: left out, damaged or of an older version ({type(error).__name__}: {error})",
                       file=sys.stderr)
     for same in group(every, lambda r: (r.dataset_name, r.name, r.seed)).values():
@@ -457,7 +462,7 @@ def all_tables(runs):
 def plot(panels, title=""):
     """Curves of means with standard errors, and one legend; None without values.
 
-    A panel is (x label, y label, curves), a curve (a run, {x: values of all seeds}).
+    A panel is (x label, y label, curves), a curve (what has the label, colour and style of a run, {x: all values}).
     """
     figure, handles = Figure(figsize=(3.6 * len(panels) + 2.6, 3.2), layout="constrained"), {}
     for i, (x_label, y_label, curves) in enumerate(panels, 1):
@@ -466,7 +471,7 @@ def plot(panels, title=""):
             points = {x: mean_and_error(v) for x, v in sorted(points.items()) if v}
             if points:
                 handles[textwrap.fill(r.label, 40)] = axes.errorbar(
-                    [*points], *zip(*points.values()), fmt=STYLES.get(r.count, "o-") if len(points) < 20 else "-",
+                    [*points], *zip(*points.values()), fmt=r.style if len(points) < 20 else "-",
                     color=r.colour, markersize=4, capsize=3, errorevery=max(1, len(points) // 20))
         axes.set(ylim=(0, None), xlim=(None if x_label == "task" else 0, None))
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=x_label == "task"))
@@ -529,10 +534,12 @@ def usual(figure, runs):
 
 
 def curve_figures(runs):
-    """(name, figure): quality over tasks, error by noise, and quality over lambda, as most values were measured."""
+    """(name, figure): quality over tasks, over lambda and over the teacher's calls, and error by noise, each as most
+    values were measured.
+    """
     measured = [(metric, conditions) for r in runs for metric, _, conditions in r.values]
     quality, last = "fid" if "fid" in dict(measured) else "frd", runs[0].tasks
-    plain = [r for r in runs if "lam" not in r.departs]
+    plain = [r for r in runs if "lam" not in r.departs and not r.variant]
 
     def pick(runs, metric, task):
         commonest = statistics.mode([conditions for name, conditions in measured if name == metric] or [()])
@@ -562,10 +569,19 @@ def curve_figures(runs):
             panels.append(("λ", METRICS[quality][0], [(same[0], points)]))
     yield "lambda", plot(panels)
 
+    teachers, curves = [r for r in runs if r.teacher_steps and "lam" not in r.departs], []
+    variants = sorted({r.variant for r in teachers})
+    for (title, variant), same in group(teachers, lambda r: (r.title, r.variant)).items():
+        look = SimpleNamespace(label=title + variant, colour=same[0].colour, style=STYLES[variants.index(variant)])
+        points = {n: pick(some, quality, last) for n, some in group(same, lambda r: r.teacher_steps).items()}
+        curves.append((look, points))
+    if len(variants) > 1:
+        yield "calls", plot([("teacher calls in an update", METRICS[quality][0], curves)])
+
 
 def sample_figures(runs, device):
     """(name, figure): samples of one seed, the one that most runs have."""
-    there = [r for r in runs if r.folder and "lam" not in r.departs and any(r.folder.rglob("task*"))]
+    there = [r for r in runs if r.folder and "lam" not in r.departs and not r.variant and any(r.folder.rglob("task*"))]
     if not there:
         return
     seed = statistics.mode(sorted(r.seed for r in there))
@@ -622,7 +638,8 @@ def figures(runs, out, device):
     """Draw all figures whose runs are there, for each dataset and what departs from its presets; return their names."""
     def family(r):
         scale, departs = f"-{r.scale}" * (r.scale != "paper"), r.name.removeprefix(r.base)
-        departs = departs.replace(f"-lam{r.departs.get('lam')}", "")  # one figure shows all lambda
+        for swept in f"-lam{r.departs.get('lam')}", r.variant.replace(", ", "-"):  # one figure shows all
+            departs = departs.replace(swept, "")
         return r.dataset_name, scale if r.curve else departs, bool(r.curve)
 
     made = []

@@ -567,6 +567,24 @@ def test_quality_over_lambda_and_over_tasks(tmp_path):
     np.testing.assert_allclose(line.get_xydata(), [(1, 50), (2, 50), (3, 50), (4, 50), (5, 155.5)])
 
 
+def test_quality_over_the_calls_of_the_teacher(tmp_path):
+    """One curve for each method and what departs in its teacher; such runs get into no other figure."""
+    for s, (n, frd, departs) in itertools.product((42, 69), (
+            (2, 100, {}), (10, 50, {}), (2, 80, {"first_step": "analytic"}),
+            (5, 60, {"teacher_solver": "ipndm", "first_step": "analytic"}))):
+        make(tmp_path, f"gd-{n}", s, frd=frd + s / 10, departs=departs, scale="small")
+    runs = report.find([tmp_path])
+    figure = dict(report.curve_figures(runs))["calls"]
+    curves = {text.get_text(): bars for text, bars in zip(figure.legends[0].get_texts(), figure.axes[0].containers)}
+    points = {name: bars.lines[0].get_xydata().round(6).tolist() for name, bars in curves.items()}
+    title = TITLES["gd"]
+    assert points == {title: [[2, 105.55], [10, 55.55]], f"{title}, analytic": [[2, 85.55]],
+                      f"{title}, ipndm, analytic": [[5, 65.55]]}
+    assert "calls" not in dict(report.curve_figures([r for r in runs if not r.variant]))
+    made = report.figures(runs, tmp_path, "cpu")
+    assert set(made) == {f"{name}-fashion-mnist-small.png" for name in ("figure4", "figureB2", "calls")}
+
+
 def test_frd_by_task_is_a_mean_over_tasks_and_what_it_was_before(tmp_path):
     """A_FID = mean_i FID_i(m_T) and F = mean_i (FID_i(m_T) - FID_i(m_i)) of arXiv 2509.23593, with frd."""
     def result(value, *rows):
