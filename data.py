@@ -1,11 +1,6 @@
 """Images and tasks: from files on a disk to uint8 tensors. Nothing here knows a network or a loss.
 
-    info(dataset, data_dir) -> Info(name, title, classes, channels, size, like)
-    load_images(dataset, split, data_dir, image_size) -> u8 (N, C, S, S) uint8, y (N,) int64
-    class_tasks(n_classes, tasks, order, seed) -> [[class, ...], ...], the classes of each task
-    indices(y, class_tasks) -> [(n,), ...], the images of each task
-    normalize(u8) -> x_0 in [-1, 1], quantize(x) -> u8: the two places where pixels change range
-    diffusion_view, weak_view, strong_view: u8 (B, C, S, S) -> the same, each image varied at random
+Images are u8 (N, C, side, side), uint8, until `normalize` makes them x_0 in [-1, 1]. `quantize` goes back.
 
     fashion-mnist, mnist  60,000 + 10,000 grey 28x28     in data_dir, else Debian's package, else downloaded
     cifar10, cifar100     50,000 + 10,000 colour 32x32   in data_dir, else downloaded
@@ -205,7 +200,7 @@ FOREIGN = "{} is not {}'s or is damaged ({}): replace or remove it; for images o
 
 
 def find(name, data_dir):
-    """{file: path} of a dataset: all in the first folder that has any. It is downloaded if no folder has."""
+    """{file: path} of a dataset: all in the first folder that has any. It is downloaded if none has."""
     original, _ = ORIGINALS[name]
     files = MD5[name] if name in MD5 else [original.base_folder, original.filename]
     folders = [data_dir / name, data_dir, data_dir / original.__name__ / "raw"]  # the last is torchvision's
@@ -422,7 +417,7 @@ def draw_shapes(split, side):
     return images, np.arange(n) % 10
 
 
-# ------------------------------ views: u8 (B, C, side, side) uint8 -> the same
+# ------------------------------ views: u8 -> the same, each image varied at random
 
 # RandAugment's operations as FixMatch chooses them (arXiv 2001.07685, Appendix): strength v in 1 .. 9, sign -1 or 1
 SHEAR = [math.degrees(math.atan(0.03 * v)) for v in range(10)]

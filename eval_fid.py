@@ -9,11 +9,11 @@ m and S are mean and covariance of the features of generated images, m_r and S_r
 seen so far. FID's features are the 2048 of the Inception network of 2015-12-05. Those of frd are the last ones of the
 labeller, a ResNet18 that is trained here on the dataset itself: 512 of them, 128 below 32x32.
 
-p are the frequencies of the classes in these test images. q are those that the labeller sees in the generated images,
-out of all classes of the dataset. One lost class of ten makes a kld of 1.5170, eight make 12.5726, sampling alone about
+p are the frequencies of the classes in these test images, q those that the labeller sees in the generated ones, out of
+all classes of the dataset. One lost class of ten makes a kld of 1.5170, eight make 12.5726, sampling alone about
 (classes - 1) / 2n. fid_floor and frd_floor are the distances of as many training images, kld_real is the kld of the
-test images. frd_by_task is the frd of each task's images alone. `denoise` is |eps - model(x_t, t)|^2 by t, on test
-images of task 1.
+test images, frd_by_task the frd of each task's images alone. `denoise` is |eps - model(x_t, t)|^2 on test images of
+task 1, by t.
 
     python eval_fid.py runs/fashion-mnist/gd-2/seed42      every task of a run, into its eval.json
     python eval_fid.py IMAGES --reference fashion-mnist    FID of anybody's images
@@ -61,8 +61,8 @@ WEIGHTS = {  # option: SHA-256 and where to get it
     "--resnet18-weights": (
         "f37072fd47e89c5e827621c5baffa7500819f7896bbacec160b1a16c560e07ec",
         "https://download.pytorch.org/models/resnet18-f37072fd.pth")}
-# How a labeller is trained: as in the paper's A.1.3 or, below 32x32, on a laptop. A small dataset gets more epochs, for
-# at least so many updates. `least` is the test accuracy that a dataset's labeller needs.
+# How a labeller is trained: as in the paper's A.1.3 or, below 32x32, on a laptop. `updates` is the least number of
+# them, and `least` the test accuracy that it needs.
 WIDE = dict(width=64, epochs=100, updates=250, lr=5e-4, decay=False, warp=True,
             least={"fashion-mnist": 0.88, "mnist": 0.95, "cifar10": 0.8, "shapes": 0.8})
 NARROW = dict(width=16, epochs=1, updates=250, lr=2e-3, decay=True, warp=False,
@@ -109,7 +109,7 @@ Moments = namedtuple("Moments", "n mu sigma")  # of n feature vectors the mean (
 def moments(features):
     """The Moments of features (n, D); the covariance is unbiased, as in every FID."""
     if len(features) < 2:
-        raise InputError("one image has no covariance: at least two real and two generated ones are needed")
+        raise InputError("one image has no covariance: at least two are needed, of real and of generated ones")
     return Moments(len(features), features.mean(0), np.cov(features, rowvar=False).reshape(2 * features.shape[1:]))
 
 
@@ -207,7 +207,7 @@ def fid_features(net, protocol, device):
     @torch.inference_mode()
     def extract(x):
         # DEVIATION: the released code takes real images through floats and truncates them as well, which lowers 63 of
-        # the 256 levels by one. Here they keep the levels of their files, and only generated images are truncated.
+        # the 256 levels by one. Here only generated images are truncated.
         x = (x if x.dtype == torch.uint8 else data.quantize(x)).to(device).float().expand(-1, 3, -1, -1)
         return net(resize(x, protocol))
     return extract
@@ -224,7 +224,7 @@ def load_inception(args, device):
 # ----------------------------------------------------------------------------------------------- the labeller
 
 def load_data(dataset, data_dir, side, args):
-    """A dataset at one side, and of its labeller the file, the network and the recipe."""
+    """A dataset at one side, and the file, network and recipe of its labeller."""
     imagenet, recipe = args.labeller == "imagenet", WIDE if side >= 32 else NARROW
     if imagenet and side < 32:
         raise InputError("--labeller imagenet is for 32x32 and more: its stem leaves one pixel of 16x16")
@@ -312,15 +312,12 @@ def load_labeller(d, args, device):
     """Two functions, images (B, C, H, W), uint8 or floats in [-1, 1], -> features (B, D) and features -> logits, and
     what they are. The labeller is trained now if there is none.
     """
-    if not d.path.exists():
-        if args.labeller_path:
-            raise InputError(f"there is no labeller {d.path}: leave --labeller-path out, and one is trained")
-        print(f"{d.path} is not there yet: training this labeller, minutes on a GPU, at 16x16 on a CPU too", flush=True)
+    if not d.path.exists() and not args.labeller_path:
+        print(f"training the labeller {d.path}: minutes on a GPU, below 32x32 also on a CPU", flush=True)
         train_labeller(d, args, 42, device)
     state = run.load(d.path)
     if not isinstance(state, dict) or state.get("digest") != d.digest:
-        raise InputError(f"{d.path} is no labeller of these images: leave --labeller-path out, or remove this file, "
-                         "and one is trained")
+        raise InputError(f"{d.path} is no labeller of these images: leave --labeller-path out, or remove this file")
     net = resnet18(**state["network"])
     net.load_state_dict(state["model"])
     net.eval().requires_grad_(False).to(device)
@@ -362,8 +359,8 @@ def read_images(path):
     x = x.transpose(0, 3, 1, 2) if x.ndim == 4 and x.shape[3] in (1, 3) else x
     if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1] not in (1, 3) or 0 in x.shape:
         held = ", ".join(f"{name}: {array.dtype} {array.shape}" for name, array in arrays.items()) or "nothing"
-        raise InputError(f"{path} holds {held:.200}: give one array, or call one images, of uint8 and shape (N, H, W), "
-                         "(N, H, W, C) or (N, C, H, W) with C = 1 or 3")
+        raise InputError(f"{path} holds {held:.200}: give one array, or call one images, uint8 (N, H, W), (N, H, W, C) "
+                         "or (N, C, H, W) with 1 or 3 channels")
     return x
 
 
@@ -400,8 +397,8 @@ def compare(args, device):
     if args.n not in (None, fake.n):
         raise InputError(f"{args.images} has {fake.n} images, not {args.n}: give another --n")
     if args.save_stats:
-        arrays = dict(n=fake.n, mu=fake.mu, sigma=fake.sigma, size=size, protocol=json.dumps(about))
-        run.replace(args.save_stats, lambda file: np.savez(file, **arrays))
+        run.replace(args.save_stats, lambda file: np.savez(
+            file, **fake._asdict(), size=size, protocol=json.dumps(about)))
     if not args.reference:
         return
     true, size_r = statistics(args.reference, extract, about, args, size)
@@ -473,10 +470,10 @@ def denoising_errors(model, u8, abar, seed):
 
 
 def evaluate(fake, real, floor, y, tasks, networks, head, batch_size):
-    """The metrics of images `fake` against `real`, whose classes are y, and those of `floor` against `real`.
+    """The metrics of images `fake`, and distances of images `floor`, against `real`, whose classes are y.
 
-    `tasks` are the classes of each task seen. To the frd of one task belong the generated images to which the labeller
-    gives its classes. It is None where these are fewer than two.
+    `tasks` are the classes of each task seen. To the frd of a task belong the generated images that the labeller gives
+    its classes. It is None where these are fewer than two.
     """
     record = dict(fid=None, fid_floor=None, rank_deficient=min(len(fake), len(real)) < 2048)
     for metric, extract in networks.items():
@@ -498,7 +495,7 @@ def evaluate(fake, real, floor, y, tasks, networks, head, batch_size):
 def evaluate_run(folder, args, device):
     """Evaluate every task<k>.pt of a run folder into its eval.json, a list of records, written after each task.
 
-    A task that has a record of the same protocol is skipped; one with FID does where FID is not asked for.
+    A task is skipped if it has a record of the same protocol, or of this one with FID.
     """
     path, (c, records) = folder / "eval.json", read_run(folder, args)
     tasks = [k for k in range(1, len(c.class_tasks) + 1) if (folder / f"task{k}.pt").exists()]
@@ -514,7 +511,8 @@ def evaluate_run(folder, args, device):
     if asked or c.scale == "paper":
         try:
             networks["fid"], fid_about = load_inception(args, device)
-            missing = warn_if_few(c.n)
+            missing = None
+            warn_if_few(c.n)
         except InputError as error:
             if asked:
                 raise

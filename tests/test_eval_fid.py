@@ -359,8 +359,8 @@ def test_bad_arrays_are_refused(main, tiny, tmp_path, grey):
     np.save(tmp_path / "y.npy", grey)
     for sentence, array in (
             ("images: float32", grey.astype(np.float32)), ("images: uint16", grey.astype(np.uint16)),
-            ("shape", grey[0]), ("shape", grey[:0]), ("shape", np.repeat(grey[..., None], 2, 3)),
-            ("shape", np.repeat(grey[..., None], 4, 3)),                      # alpha
+            ("give one array", grey[0]), ("give one array", grey[:0]), ("give one array", np.repeat(grey[..., None], 2, 3)),
+            ("give one array", np.repeat(grey[..., None], 4, 3)),                      # alpha
             ("one image has no covariance", grey[:1]), ("give both one size", grey[:, :8, :8])):
         np.save(tmp_path / "x.npy", array)
         refused(main, sentence, "x.npy", "--reference", "y.npy")
@@ -518,7 +518,7 @@ def test_a_labeller_never_judges_other_images(main, tmp_path, pictures, folder_r
 
 def test_bad_labellers(main, tmp_path, pictures, folder_run, monkeypatch, shapes):
     folder_run("run", image_size=32)
-    refused(main, "no labeller mine.pt: leave --labeller-path out", "run", "--labeller-path", "mine.pt")
+    refused(main, "there is no file mine.pt", "run", "--labeller-path", "mine.pt")
     folder_run("small")
     refused(main, "--labeller imagenet is for 32x32 and more", "small", "--labeller", "imagenet")
     run.save(tmp_path / "mine.pt", {"model": {}})
@@ -578,7 +578,7 @@ def test_a_run_is_evaluated_by_one_command(main, folder_run, pictures, tmp_path,
     monkeypatch.setitem(eval_fid.NARROW, "updates", 12)
     folder, done = folder_run("run"), main("eval_fid.py", "run", "--n", 50)
     records = json.loads((folder / "eval.json").read_text())
-    assert "training this labeller" in done.stdout and "task 2: frd " in done.stdout
+    assert "training the labeller" in done.stdout and "task 2: frd " in done.stdout
     assert "--fid measures it" in done.stdout and "2048" not in done.stderr  # no FID, no warning about its features
     assert [r["task"] for r in records] == [1, 2] and records[0]["share_old"] is None
     for k, r in enumerate(records, 1):
