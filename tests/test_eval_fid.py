@@ -359,8 +359,9 @@ def test_bad_arrays_are_refused(main, tiny, tmp_path, grey):
     np.save(tmp_path / "y.npy", grey)
     for sentence, array in (
             ("images: float32", grey.astype(np.float32)), ("images: uint16", grey.astype(np.uint16)),
-            ("give one array", grey[0]), ("give one array", grey[:0]), ("give one array", np.repeat(grey[..., None], 2, 3)),
-            ("give one array", np.repeat(grey[..., None], 4, 3)),                      # alpha
+            ("give one array", grey[0]), ("give one array", grey[:0]),
+            ("give one array", np.repeat(grey[..., None], 2, 3)),
+            ("give one array", np.repeat(grey[..., None], 4, 3)),             # alpha
             ("one image has no covariance", grey[:1]), ("give both one size", grey[:, :8, :8])):
         np.save(tmp_path / "x.npy", array)
         refused(main, sentence, "x.npy", "--reference", "y.npy")
