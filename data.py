@@ -49,12 +49,20 @@ class Info(NamedTuple):
     like: str      # the dataset whose presets it takes
 
 
+CIFAR100_CLASSES = """
+apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
+caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish
+forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle
+mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
+possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
+sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
+willow_tree wolf woman worm"""
 DATASETS = {row.name: row for row in (
     Info("fashion-mnist", "Fashion-MNIST", "T-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split(),
          1, 28, "fashion-mnist"),
     Info("mnist", "MNIST", list("0123456789"), 1, 28, "fashion-mnist"),
     Info("cifar10", "CIFAR-10", "plane car bird cat deer dog frog horse ship truck".split(), 3, 32, "cifar10"),
-    Info("cifar100", "CIFAR-100", [str(c) for c in range(100)], 3, 32, "cifar100"),
+    Info("cifar100", "CIFAR-100", CIFAR100_CLASSES.split(), 3, 32, "cifar100"),
     Info("imagenet100", "ImageNet-100", [], 3, 64, "imagenet100"),  # its classes are your folders
     Info("shapes", "Shapes", "disc ring triangle cross square bar saltire hourglass corner frame".split(),
          1, 32, "shapes"))}
@@ -282,6 +290,8 @@ def read_picture(path, cmyk=False):
         Image.open(path, formats=FORMATS).verify()  # PNG's checksums: decoding alone overlooks some flipped bits
         with Image.open(path, formats=FORMATS) as image:
             frames, bits = getattr(image, "n_frames", 1), max(getattr(image, "tag_v2", {}).get(258, [8]))  # of a TIFF
+            if image.format == "PPM" and isinstance(image.tile[0][3], tuple):
+                bits = image.tile[0][3][1].bit_length()  # of the highest level
             deep = bits > 8 or ";16" in str(image.tile)  # Pillow makes 8 bits of 16 in silence
             image.load()
     except (OSError, SyntaxError, TypeError, ValueError, struct.error, zlib.error,

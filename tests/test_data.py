@@ -370,6 +370,7 @@ def bad_pictures(folder):
     whole, jpeg = (made(f"whole.{end}", image).read_bytes() for end in ("png", "jpg"))
     return {
         "8 bits": [made("16.png", Image.fromarray(deep)), made("rgb16.png", png(16, 2, bytes(24))),
+                   made("a.ppm", b"P6 2 1 65535 " + bytes(12)), made("b.ppm", b"P3 1 1 1023 0 512 1023"),
                    made("16.tif", Image.fromarray(deep)), made("float.tif", Image.fromarray(deep.astype(np.float32)))],
         "transparency": [made("a.png", picture("RGBA")), made("a.webp", picture("RGBA")), made("la.png", picture("LA")),
                          made("key.png", image, transparency=(1, 2, 3)),
