@@ -1,11 +1,6 @@
 """Images and tasks: from files on a disk to uint8 tensors. Nothing here knows a network or a loss.
 
-    info(dataset, data_dir) -> Info(name, title, classes, channels, size, like)
-    load_images(dataset, split, data_dir, image_size) -> u8 (N, C, S, S) uint8, y (N,) int64
-    class_tasks(n_classes, tasks, order, seed) -> [[class, ...], ...], the classes of each task
-    indices(y, class_tasks) -> [(n,), ...], the images of each task
-    normalize(u8) -> x_0 in [-1, 1], quantize(x) -> u8: the two places where pixels change range
-    diffusion_view, weak_view, strong_view: u8 (B, C, S, S) -> the same, each image varied at random
+Images are u8 (N, C, side, side), uint8, until `normalize` makes them x_0 in [-1, 1]. `quantize` goes back.
 
     fashion-mnist, mnist  60,000 + 10,000 grey 28x28     in data_dir, else Debian's package, else downloaded
     cifar10, cifar100     50,000 + 10,000 colour 32x32   in data_dir, else downloaded
@@ -19,7 +14,6 @@ import functools
 import gzip
 import hashlib
 import http.client
-import itertools
 import math
 import os
 import re
@@ -41,6 +35,7 @@ from torchvision.datasets.utils import check_integrity, extract_archive
 from torchvision.transforms.v2 import functional as tv
 from tqdm import tqdm
 
+import run
 from run import InputError
 
 
@@ -152,13 +147,11 @@ def class_tasks(n_classes, tasks, order, seed):
     order "0,1|2,7"  the first `tasks` of the tasks that it states; classes may be left out
     """
     if order in ("random", "natural"):
-        if tasks < 1 or n_classes % tasks:
-            divisors = ", ".join(str(n) for n in range(1, n_classes + 1) if n_classes % n == 0)
-            raise InputError(f"--tasks {tasks} does not cut {n_classes} classes into equal groups: choose one of "
-                             f"{divisors}, or state the tasks with --class-order")
-        ids = torch.randperm(n_classes, generator=torch.Generator().manual_seed(seed)).tolist()
-        ids = sorted(ids) if order == "natural" else ids
-        return [ids[i:i + n_classes // tasks] for i in range(0, n_classes, n_classes // tasks)]
+        if n_classes % tasks:
+            raise InputError(f"--tasks {tasks} does not cut {n_classes} classes into equal groups: choose a divisor of "
+                             f"{n_classes}, or state the tasks with --class-order")
+        shuffled = torch.randperm(n_classes, generator=torch.Generator().manual_seed(seed))
+        return (shuffled if order == "random" else torch.arange(n_classes)).view(tasks, -1).tolist()
     try:
         groups = [[int(c) for c in group.split(",")] for group in order.split("|")]
     except ValueError:
@@ -167,7 +160,7 @@ def class_tasks(n_classes, tasks, order, seed):
     if not ids or len(set(ids)) < len(ids) or not set(ids) <= set(range(n_classes)):
         raise InputError(f"--class-order {order!r} is not understood: give random, natural, or tasks such as "
                          f"'0,1|2,7|8,9' that name each of the classes 0 to {n_classes - 1} at most once")
-    if not 1 <= tasks <= len(groups):
+    if tasks > len(groups):
         raise InputError(f"--tasks {tasks}, but the class order {order!r} states {len(groups)}: give another "
                          "--class-order (random, natural or your own)")
     return groups[:tasks]
@@ -188,7 +181,7 @@ def resize(images, side):
     f = math.ceil(h / side)
     if f > 1 and f * side < 1.2 * h:
         edge = (f * side - h) // 2, (f * side - h + 1) // 2
-        images = np.pad(images, ((0, 0), (0, 0), edge, edge)).astype(np.uint16)
+        images = np.pad(images, ((0, 0), (0, 0), edge, edge)).astype(np.uint32)
         blocks = sum(images[:, :, i::f, j::f] for i in range(f) for j in range(f))
         images = ((blocks + f * f // 2) // (f * f)).astype(np.uint8)  # rounded to the nearest level
     elif h != side:
@@ -206,25 +199,22 @@ ORIGINALS = {  # torchvision's class, and the addresses that have its files, tri
     "cifar10": (CIFAR10, CIFAR), "cifar100": (CIFAR100, CIFAR)}
 IDX = "train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
 MD5 = {  # of the unpacked files, as a .gz of the same content may have another
-    "fashion-mnist": dict(zip(IDX, (
-        "f4a8712d7a061bf5bd6d2ca38dc4d50a", "9018921c3c673c538a1fc5bad174d6f9",
-        "8181f5470baa50b63fa0f6fddb340f0a", "15d484375f8d13e6eb1aabb0c3f46965"))),
-    "mnist": dict(zip(IDX, (
-        "6bbc9ace898e44ae57da46a324031adb", "a25bea736e30d166cdddb491f175f624",
-        "2646ac647ad5339dbf082846283269ea", "27ae3e4e09519cfbb04c329615203637")))}
+    "fashion-mnist": dict(zip(IDX, """f4a8712d7a061bf5bd6d2ca38dc4d50a 9018921c3c673c538a1fc5bad174d6f9
+        8181f5470baa50b63fa0f6fddb340f0a 15d484375f8d13e6eb1aabb0c3f46965""".split())),
+    "mnist": dict(zip(IDX, """6bbc9ace898e44ae57da46a324031adb a25bea736e30d166cdddb491f175f624
+        2646ac647ad5339dbf082846283269ea 27ae3e4e09519cfbb04c329615203637""".split()))}
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 FOREIGN = "{} is not {}'s or is damaged ({}): replace or remove it; for images of your own give --dataset FOLDER"
 
 
 def find(name, data_dir):
-    """{file: path} of a dataset: all in the first folder that has any. It is downloaded if no folder has."""
+    """{file: path} of a dataset: all in the first folder that has any. It is downloaded if none has."""
     original, _ = ORIGINALS[name]
     files = MD5[name] if name in MD5 else [original.base_folder, original.filename]
     folders = [data_dir / name, data_dir, data_dir / original.__name__ / "raw"]  # the last is torchvision's
     for folder in folders + [DEBIAN] * (name == "fashion-mnist"):
-        found = {file: folder / spelling for end in (".gz", "") for file in files
-                 for spelling in (file + end, file.replace("-idx", ".idx") + end)  # .idx: unpacked on Windows
-                 if (folder / spelling).exists()}
+        found = {file: path for end in (".gz", "") for file in files  # unpacked on Windows a name has .idx for -idx
+                 for path in sorted(folder.glob(file.replace("-idx", "?idx") + end))}
         if found:
             say(f"{DATASETS[name].title} is read from {folder}")
             return {file: folder / file for file in files} | found
@@ -236,7 +226,7 @@ def download(name, data_dir):
     """Let torchvision download, verify and unpack a dataset. Only then its files get into data_dir."""
     original, mirrors = ORIGINALS[name]
     files = [file for file, _ in original.resources] if name in MD5 else [original.filename]
-    failures, timeout = [], socket.getdefaulttimeout()
+    failures = []
     socket.setdefaulttimeout(15)
     for mirror in mirrors:
         one_mirror = type(original.__name__, (original,), {"mirrors": [mirror], "url": mirror + files[0]})
@@ -248,13 +238,11 @@ def download(name, data_dir):
                     place = data_dir / file.relative_to(folder)
                     place.parent.mkdir(parents=True, exist_ok=True)
                     os.replace(file, place)
-            break
+            return
         except (OSError, RuntimeError, http.client.HTTPException) as error:
             failures.append(f"{mirror}: {' '.join(str(error).split())}")
-    socket.setdefaulttimeout(timeout)
-    if len(failures) == len(mirrors):
-        raise InputError(f"{', '.join(files)} cannot be downloaded into {data_dir} ({'; '.join(failures)}): put what "
-                         f"is missing into {data_dir / name}, or give another --data-dir")
+    raise InputError(f"{', '.join(files)} cannot be downloaded into {data_dir} ({'; '.join(failures)}): put what is "
+                     f"missing into {data_dir / name}, or give another --data-dir")
 
 
 def load_mnist(name, split, data_dir):
@@ -277,11 +265,13 @@ def load_cifar(name, split, data_dir):
     """uint8 (N, 3, 32, 32) and labels (N,), from the unpacked archive, else from the archive."""
     original, paths = ORIGINALS[name][0], find(name, data_dir)
     unpacked, archive = paths[original.base_folder], paths[original.filename]
-    with tempfile.TemporaryDirectory() as temporary:
-        if not unpacked.exists() and check_integrity(archive, original.tgz_md5):
-            extract_archive(archive, temporary)
+    with tempfile.TemporaryDirectory() as folder:
+        if unpacked.exists():
+            folder = unpacked.parent
+        elif check_integrity(archive, original.tgz_md5):
+            extract_archive(archive, folder)
         try:
-            batches = original(unpacked.parent if unpacked.exists() else temporary, train=split == "train")
+            batches = original(folder, train=split == "train")
         except RuntimeError:
             path, reason = unpacked if unpacked.exists() else archive, "a file is missing or its md5 is another"
             raise InputError(FOREIGN.format(path, DATASETS[name].title, reason)) from None
@@ -297,25 +287,20 @@ def read_picture(path, cmyk=False):
     picture of greys alone makes mode L. The EXIF orientation is not applied.
     """
     try:
+        Image.open(path, formats=FORMATS).verify()  # PNG's checksums: decoding alone overlooks some flipped bits
         with Image.open(path, formats=FORMATS) as image:
-            if image.format == "PNG":
-                image.verify()  # the checksums: decoding alone overlooks some flipped bits
-        with Image.open(path, formats=FORMATS) as image:
-            frames = getattr(image, "n_frames", 1)
-            bits = 16 if "RGB;16" in str(image.tile) else 8  # of a channel; Pillow makes 8 of 16 in silence
-            if image.format == "TIFF":
-                bits = max(image.tag_v2.get(258, (1,)))  # the tag BitsPerSample
+            frames, bits = getattr(image, "n_frames", 1), max(getattr(image, "tag_v2", {}).get(258, [8]))  # of a TIFF
             if image.format == "PPM" and isinstance(image.tile[0][3], tuple):
                 bits = image.tile[0][3][1].bit_length()  # of the highest level
+            deep = bits > 8 or ";16" in str(image.tile)  # Pillow makes 8 bits of 16 in silence
             image.load()
     except (OSError, SyntaxError, TypeError, ValueError, struct.error, zlib.error,
             Image.DecompressionBombError) as error:
         raise InputError(f"{path} is not a whole picture ({error}): replace or remove it") from None
-    modes = ["1", "L", "P", "RGB"] + ["CMYK"] * cmyk
-    fault = ("more than 8 bits a channel" if bits > 8 else
+    fault = ("more than 8 bits a channel" if deep else
              "several frames" if frames > 1 else
              "transparency" if image.has_transparency_data else
-             f"mode {image.mode}" if image.mode not in modes else None)
+             f"mode {image.mode}" if image.mode not in ["1", "L", "P", "RGB"] + ["CMYK"] * cmyk else None)
     if fault:
         raise InputError(f"{path} has {fault}: convert it to one picture of 8-bit grey or RGB, or remove it")
     rgb = image.convert("RGB")
@@ -336,39 +321,29 @@ def class_folders(folder):
     return {path.name: visible(path) for path in visible(folder) if path.is_dir()} if folder.is_dir() else {}
 
 
-def split_folder(folder):
-    """(training, testing), each {class: files}: of a class's n pictures max(1, n // 6) are for testing, by seed 0."""
-    parts = {}, {}
-    for name, files in class_folders(folder).items():
-        out = np.random.RandomState(0).permutation(len(files)) < max(1, len(files) // 6)
-        for part, keep in zip(parts, (~out, out)):
-            part[name] = list(itertools.compress(files, keep))
-    return parts
-
-
 def list_pictures(dataset, data_dir):
-    """The folder, its class names, and all pictures as (file, class number, "train" or "test")."""
+    """The folder, its class names, and all pictures as (file, class number, "train" or "test").
+
+    Without train/ and test/ or val/, max(1, n // 6) of a class's n pictures are for testing, drawn by seed 0.
+    """
     home = Path(os.path.abspath(Path(data_dir, dataset) if dataset == "imagenet100" else dataset))
     train, test, val = (class_folders(home / split) for split in ("train", "test", "val"))
     note, test = f"{home}: train/ is for training, {'test' if test else 'val'}/ for testing", test or val
-    if train and not test:
-        raise InputError(f"{home} has train/ but neither test/ nor val/: add one, or leave train/ out and its folders "
-                         f"in {home.name}/ itself")
     if not train:
         note = f"{home} has no train/ and test/ (or val/): 1 picture in 6 of each class is for testing"
-        train, test = split_folder(home)
+        test = {}
+        for name, files in class_folders(home).items():
+            out = np.random.RandomState(0).permutation(len(files)) < max(1, len(files) // 6)
+            train[name], test[name] = ([file for file, o in zip(files, out) if o == tested] for tested in (False, True))
     lacking = [ascii(name) for name in sorted({*train, *test}) if not (train.get(name) and test.get(name))]
     if lacking:  # in ASCII, for an accent may be written in two ways that look the same
-        raise InputError(f"{home}: give {', '.join(lacking)} pictures for training and others for testing")
+        raise InputError(f"{home}: give {', '.join(lacking[:9])} pictures for training and others for testing, in "
+                         f"train/ and test/ (or val/), or all in {home.name}/ itself")
     if not train or dataset == "imagenet100" and len(train) != 100:
         raise InputError(f"{home} has {len(train)} class folders: make {100 if dataset in DATASETS else 'one a class'}")
-    pictures = [(file, c, split) for split, found in (("train", train), ("test", test))
-                for c, name in enumerate(train) for file in found[name]]
-    for file, _, _ in pictures:
-        if not file.is_file():
-            raise InputError(f"{file} is not a file: the folder of a class must hold pictures and nothing else")
     say(note)
-    return home, list(train), pictures
+    return home, list(train), [(file, c, split) for split, found in (("train", train), ("test", test))
+                               for c, name in enumerate(train) for file in found[name]]
 
 
 def decode(files, imagenet, side):
@@ -376,51 +351,46 @@ def decode(files, imagenet, side):
 
     Pictures of 28x28, 32x32 or 64x64 stay as they are if all have one size. Of others the middle square is taken to
     `side` by PIL's bilinear filter. ImageNet's are taken to 76/64 of `side` whatever their proportions, then cut to the
-    middle, as in JDCL's released code (arXiv 2411.08224).
+    middle, as in JDCL's released code (arXiv 2411.08224). They count as colour.
     """
     def one(file):
         picture = read_picture(file, cmyk=imagenet)
-        grey = picture.mode == "L" and not imagenet
         if imagenet:
             edge = 6 * side // 64
-            picture = picture.resize((side + 2 * edge, side + 2 * edge), Image.Resampling.BILINEAR)
+            picture = picture.convert("RGB").resize((side + 2 * edge, side + 2 * edge), Image.Resampling.BILINEAR)
             picture = picture.crop((edge, edge, side + edge, side + edge))
-        if picture.size not in ((28, 28), (32, 32), (64, 64)):
+        elif picture.size not in ((28, 28), (32, 32), (64, 64)):
             picture = ImageOps.fit(picture, (side, side), Image.Resampling.BILINEAR)
-        return grey, np.asarray(picture.convert("RGB")).transpose(2, 0, 1)[None]  # (1, 3, S, S)
+        return np.atleast_3d(picture).transpose(2, 0, 1)[None]  # (1, C, S, S)
 
     with ThreadPool() as pool:
-        grey, images = zip(*tqdm(pool.imap(one, files), desc="decode", total=len(files), disable=None))
-    sides = {image.shape[3] for image in images}
-    return np.concatenate([resize(image[:, :1 if all(grey) else 3], min(sides) if len(sides) == 1 else side)
-                           for image in images])
+        images = list(tqdm(pool.imap(one, files), desc="decode", total=len(files), disable=None))
+    channels, sides = max(image.shape[1] for image in images), {image.shape[3] for image in images}
+    side = min(sides) if len(sides) == 1 else side
+    return np.concatenate([resize(image, side).repeat(channels // image.shape[1], 1) for image in images])
 
 
 def decoded(home, files, imagenet=False, side=64):
     """What `decode` makes of the files, kept on the disk until one of them changes.
 
-    The place is <home>/.decoded, or torch's cache folder where home is read-only. Its file holds a hash of 32 bytes,
-    the shape as 4 int64, and the pixels.
+    The place is <home>/.decoded, or torch's cache folder where home is read-only.
     """
     folder = home / ".decoded" if os.access(home, os.W_OK) else Path(torch.hub.get_dir()).parent / "decoded"
     place = folder / hashlib.sha256(repr((home, imagenet, side)).encode()).hexdigest()[:16]
-    stamps = [(file, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for file in files for s in [file.stat()]]
-
-    def seal(content):  # 2 is the version of this format
-        return hashlib.sha256(repr((2, stamps)).encode() + hashlib.sha256(content).digest()).digest()
-
-    kept = np.fromfile(place, np.uint8) if place.exists() else np.zeros(0, np.uint8)
-    if kept[:32].tobytes() == seal(kept[32:]):
-        return kept[64:].reshape(kept[32:64].view(np.int64))
-    images = decode(files, imagenet, side)
-    content = np.array(images.shape, np.int64).tobytes() + images.tobytes()
+    status = [(file, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for file in files for s in [file.stat()]]
+    stamp = hashlib.sha256(repr(status).encode()).hexdigest()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as new:  # another process never reads half a file
-            Path(new, "content").write_bytes(seal(content) + content)
-            os.replace(Path(new, "content"), place)
-    except OSError as error:
-        say(f"warning: decoded pictures cannot be kept in {folder} ({error})", file=sys.stderr)
+        kept = run.load(place)
+        if kept["stamp"] == stamp:
+            return kept["images"].numpy()
+    except InputError:
+        pass  # nothing is kept, or it is damaged
+    images = decode(files, imagenet, side)
+    try:
+        run.check_writable(place)
+        run.replace(place, lambda file: torch.save({"stamp": stamp, "images": torch.from_numpy(images)}, file))
+    except InputError as error:
+        say(f"warning: the pictures will be decoded at every start: {error}", file=sys.stderr)
     return images
 
 
@@ -457,7 +427,7 @@ def draw_shapes(split, side):
     return images, np.arange(n) % 10
 
 
-# ------------------------------ views
+# ------------------------------ views: u8 -> the same, each image varied at random
 
 # RandAugment's operations as FixMatch chooses them (arXiv 2001.07685, Appendix): strength v in 1 .. 9, sign -1 or 1
 SHEAR = [math.degrees(math.atan(0.03 * v)) for v in range(10)]
@@ -480,15 +450,15 @@ OPS = {
 
 
 def mirrored(u8, flip):
-    """Each image of u8 (B, C, side, side) mirrored left to right with p = 1/2 if `flip`."""
+    """Each image mirrored left to right with p = 1/2 if `flip`."""
     return torch.where(torch.rand(len(u8), 1, 1, 1, device=u8.device) < 0.5, u8.flip(3), u8) if flip else u8
 
 
 def diffusion_view(u8, flip, smallest):
     """mirrored, then a random part of each image enlarged to the image's size, as by torchvision's RandomResizedCrop.
 
-    u8 (B, C, side, side) uint8 -> the same. The part has area U[smallest, 1] of the image and aspect ratio
-    exp(U[log 3/4, log 4/3]), rounded to h x w pixels: the first of 10 candidates that fits, else the whole image.
+    The part has area U[smallest, 1] of the image and aspect ratio exp(U[log 3/4, log 4/3]), rounded to h x w pixels:
+    the first of 10 candidates that fits, else the whole image.
     """
     u8 = mirrored(u8, flip)
     if smallest == 1:
@@ -513,10 +483,7 @@ def enlarge(u8, corner, size):
 
 
 def weak_view(u8, flip):
-    """mirrored, then moved by up to min(4, side / 8) pixels along both axes; the border is reflected.
-
-    u8 (B, C, side, side) uint8 -> the same.
-    """
+    """mirrored, then moved by up to min(4, side / 8) pixels along both axes; the border is reflected."""
     side, pad, b = u8.shape[3], min(4, u8.shape[3] // 8), torch.arange(len(u8), device=u8.device)
     wide = F.pad(mirrored(u8, flip).float(), [pad] * 4, mode="reflect")  # as torch reflects no uint8
     y, x = torch.randint(2 * pad + 1, (2, len(u8)), device=u8.device)
@@ -526,9 +493,9 @@ def weak_view(u8, flip):
 def strong_view(u8, flip):
     """weak_view, then RandAugment, then cutout: FixMatch's strong augmentation (arXiv 2001.07685, Appendix).
 
-    u8 (B, C, side, side) uint8 -> the same. Twice each image draws one of the 14 OPS, which changes it with p = 1/2.
-    The cutout is a square of level 127 around a random pixel, min(16, side / 2) wide. As in JDCL's released code it is
-    moved inside at the top and at the left, and cut off at the other edges.
+    Twice each image draws one of the 14 OPS, which changes it with p = 1/2. The cutout is a square of level 127 around
+    a random pixel, min(16, side / 2) wide. As in JDCL's released code it is moved inside at the top and at the left,
+    and cut off at the other edges.
 
     DEVIATION: FixMatch draws strength and sign for each image. Here the images of a batch that draw the same operation
     share them, so that one call of torchvision changes them all.

@@ -5,22 +5,19 @@
     kld_reverse  the same with p and q exchanged
     ard          1/2 sum_c |p_c - q_c|
 
-m and S are mean and covariance of the features of generated images. m_r and S_r are those of real images: the test
-images of all classes seen so far. FID's features are the 2048 of the Inception network of 2015-12-05. Those of frd are
-the last ones of the labeller, a ResNet18 that is trained here on the dataset itself: 512 of them, 128 below 32x32.
+m and S are mean and covariance of the features of generated images, m_r and S_r those of the test images of all classes
+seen so far. FID's features are the 2048 of the Inception network of 2015-12-05. Those of frd are the last ones of the
+labeller, a ResNet18 that is trained here on the dataset itself: 512 of them, 128 below 32x32.
 
-p are the frequencies of the classes in these test images. q are those that the labeller sees in the generated images,
-out of all classes of the dataset. One lost class of ten makes a kld of 1.5170, eight make 12.5726, mostly -ln(1e-8).
-Sampling alone makes about (classes - 1) / 2n. fid_floor and frd_floor are the distances of as many training images,
-kld_real is the kld of the test images.
+p are the frequencies of the classes in these test images, q those that the labeller sees in the generated ones, out of
+all classes of the dataset. One lost class of ten makes a kld of 1.5170, eight make 12.5726, sampling alone about
+(classes - 1) / 2n. fid_floor and frd_floor are the distances of as many training images, kld_real is the kld of the
+test images, frd_by_task the frd of each task's images alone. `denoise` is |eps - model(x_t, t)|^2 on test images of
+task 1, by t.
 
-Of a run besides: frd_by_task, and `denoise`, where in the noise it forgets, |eps - model(x_t, t)|^2 on test images of
-task 1 by t.
-
-    python eval_fid.py runs/fashion-mnist/gd-2/seed42                     every task of a run, into its eval.json
-    python eval_fid.py IMAGES --reference fashion-mnist                   FID of anybody's images
-    python eval_fid.py --train-resnet18 fashion-mnist                     the labeller: minutes on a GPU
-    python eval_fid.py --train-resnet18 fashion-mnist --scale laptop      the one for 16x16: a minute on one core
+    python eval_fid.py runs/fashion-mnist/gd-2/seed42      every task of a run, into its eval.json
+    python eval_fid.py IMAGES --reference fashion-mnist    FID of anybody's images
+    python eval_fid.py --train-resnet18 fashion-mnist      the labeller, which a run's evaluation else trains itself
 
 IMAGES is a folder of 8-bit pictures (without its sub-folders), a .npy or .npz of uint8 (N, H, W), (N, H, W, C) or
 (N, C, H, W) with 1 or 3 channels, or statistics kept with --save-stats. So is the reference, or it is a dataset:
@@ -32,15 +29,14 @@ import hashlib
 import http.client
 import json
 import math
-import shlex
 import socket
 import sys
 import time
 import zipfile
 import zlib
+from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 import PIL
@@ -58,16 +54,15 @@ from ddim import T, alpha_bar, eval_mode, q_sample, reseed, sample
 from run import InputError
 from unet import NETS, UNet, resnet18
 
-WEIGHTS = {  # option: SHA-256 and where to get it; the two files of Inception are the same bytes
-    "--inception-weights": ("6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2", [
-        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
-        "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"]),
-    "--resnet18-weights": ("f37072fd47e89c5e827621c5baffa7500819f7896bbacec160b1a16c560e07ec", [
-        "https://download.pytorch.org/models/resnet18-f37072fd.pth"]),
-}
-SILENCE = 15.0  # seconds after which a server that says nothing is given up
-# How a labeller is trained: as in the paper's A.1.3 or, below 32x32, on a laptop. A small dataset gets more epochs, for
-# at least so many updates. `least` is the test accuracy that a dataset's labeller needs.
+WEIGHTS = {  # option: SHA-256 and where to get it
+    "--inception-weights": (
+        "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"),
+    "--resnet18-weights": (
+        "f37072fd47e89c5e827621c5baffa7500819f7896bbacec160b1a16c560e07ec",
+        "https://download.pytorch.org/models/resnet18-f37072fd.pth")}
+# How a labeller is trained: as in the paper's A.1.3 or, below 32x32, on a laptop. `updates` is the least number of
+# them, and `least` the test accuracy that it needs.
 WIDE = dict(width=64, epochs=100, updates=250, lr=5e-4, decay=False, warp=True,
             least={"fashion-mnist": 0.88, "mnist": 0.95, "cifar10": 0.8, "shapes": 0.8})
 NARROW = dict(width=16, epochs=1, updates=250, lr=2e-3, decay=True, warp=False,
@@ -103,27 +98,24 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     if bool(args.images) == bool(args.train_resnet18):
         parser.error("give a run folder or images, or --train-resnet18 with a dataset")
-    if args.n == 1:
-        parser.error("--n must be at least 2: one image has no covariance")
     return args
 
 
 # ------------------------------------------------------------------------------------------------ the metrics
 
-class Moments(NamedTuple):
-    """Mean mu (D,) and covariance sigma (D, D) of n feature vectors, float64."""
-    n: int
-    mu: np.ndarray
-    sigma: np.ndarray
+Moments = namedtuple("Moments", "n mu sigma")  # of n feature vectors the mean (D,) and the covariance (D, D), float64
 
 
 def moments(features):
     """The Moments of features (n, D); the covariance is unbiased, as in every FID."""
+    if len(features) < 2:
+        raise InputError("one image has no covariance: at least two are needed, of real and of generated ones")
     return Moments(len(features), features.mean(0), np.cov(features, rowvar=False).reshape(2 * features.shape[1:]))
 
 
-def features_of(batches, extract):
-    """extract(x) of all batches of images, (n, D) float64: 16 kB an image for FID."""
+def features_of(images, extract, batch_size):
+    """extract(x) of images (N, C, H, W), so many at a time: (N, D) float64, 16 kB an image for FID."""
+    batches = tqdm(images.split(batch_size), desc="features", disable=None, leave=False)
     x = np.concatenate([extract(batch).cpu().double().numpy() for batch in batches])  # mps has no float64
     assert np.isfinite(x).all(), "the network's features must be finite"
     return x
@@ -161,57 +153,46 @@ def sha256(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def weights(option, path=None):
-    """A weights file with the known SHA-256: `path`, else the one in torch.hub's cache, else downloaded into it."""
-    expected, urls = WEIGHTS[option]
-    cached = [Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2]) for url in urls]
-    where = Path(path) if path else next((file for file in cached if file.exists()), cached[0])
-    how = f"put {' or '.join(urls)}, SHA-256 {expected}, at {cached[0]} or give its place with {option}"
-    failures = []
-    socket.setdefaulttimeout(SILENCE)  # torch.hub sets none
-    for url in [] if path or where.exists() else urls:
-        try:
-            where.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, where, expected, progress=sys.stderr.isatty())
-            break
-        except (OSError, RuntimeError, http.client.HTTPException) as error:  # RuntimeError: another SHA-256
-            failures.append(f"{url}: {error}")
+def weights(option, path):
+    """The weights file with the known SHA-256: at `path`, else in torch.hub's cache, into which it is downloaded."""
+    expected, url = WEIGHTS[option]
+    where = Path(path or Path(torch.hub.get_dir(), "checkpoints", Path(url).name))
+    cure = f"get {url}, SHA-256 {expected}, and put it there or give its place with {option}"
     try:
+        if not path and not where.exists():
+            where.parent.mkdir(parents=True, exist_ok=True)
+            socket.setdefaulttimeout(15)  # torch.hub sets none
+            torch.hub.download_url_to_file(url, where, expected, progress=sys.stderr.isatty())
         found = sha256(where)
-    except OSError as error:
-        raise InputError(f"cannot read or download {where} ({'; '.join(failures) or error.strerror}): {how}") from error
+    except (OSError, RuntimeError, http.client.HTTPException) as error:  # RuntimeError: another SHA-256
+        raise InputError(f"cannot read or download {where} ({error}): {cure}") from error
     if found != expected:
-        raise InputError(f"{where} is damaged or another file (its SHA-256 is {found}): remove it, and {how}")
+        raise InputError(f"{where} is damaged or another file (its SHA-256 is {found}): remove it, {cure}")
     return where
 
 
-class PoolingBranch:
-    """Mixed into Inception's blocks: unlike torchvision's, their last branch pools by a mean without the padding, in
-    the very last block by a maximum.
-    """
-    last = False
-
-    def _forward(self, x):
-        pool = F.max_pool2d(x, 3, 1, 1) if self.last else F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-        return super()._forward(x)[:-1] + [self.branch_pool(pool)]
-
-
 def inception_network():
-    """FID's network, 23,850,960 parameters, still without its weights; (B, 3, 299, 299) in [-1, 1] -> (B, 1008)."""
-    a, c, e = (type(block.__name__, (PoolingBranch, block), {})
-               for block in (inception.InceptionA, inception.InceptionC, inception.InceptionE))
-    net = inception.Inception3(
-        num_classes=1008, aux_logits=False, transform_input=False, init_weights=False, inception_blocks=[
-            inception.BasicConv2d, a, inception.InceptionB, c, inception.InceptionD, e, inception.InceptionAux])
-    net.Mixed_7c.last = True
+    """FID's network, 23,850,960 parameters, still without its weights; (B, 3, 299, 299) in [-1, 1] -> (B, 1008).
+
+    Unlike in torchvision's, the last branch of a block pools by a mean without the padding, and in the last block by a
+    maximum.
+    """
+    def forward(x, block, pool):
+        return torch.cat([*block._forward(x)[:-1], block.branch_pool(pool(x, 3, 1, 1))], 1)
+
+    net = inception.Inception3(num_classes=1008, aux_logits=False, transform_input=False, init_weights=False)
+    mean = functools.partial(F.avg_pool2d, count_include_pad=False)
+    for name, block in net.named_children():
+        if hasattr(block, "branch_pool"):
+            block.forward = functools.partial(forward, block=block, pool=F.max_pool2d if name == "Mixed_7c" else mean)
     return net.eval().requires_grad_(False)
 
 
 def resize(x, protocol):
     """The input of FID's network, (B, 3, 299, 299) in about [-1, 1], from x (B, 3, H, W) in [0, 255].
 
-    "pytorch-fid" samples pixel i at (i + 1/2) side / 299 - 1/2 and scales to 2 x / 255 - 1. "tf1", that of 2015,
-    samples at i side / 299 and scales to (x - 128) / 128: this grid is that of align_corners with one more pixel.
+    "pytorch-fid" samples pixel i at (i + 1/2) side / 299 - 1/2. "tf1", that of 2015, samples at i side / 299, which is
+    the grid of align_corners with one more pixel.
     """
     if protocol == "pytorch-fid":
         return 2 * F.interpolate(x / 255, size=(299, 299), mode="bilinear") - 1
@@ -226,7 +207,7 @@ def fid_features(net, protocol, device):
     @torch.inference_mode()
     def extract(x):
         # DEVIATION: the released code takes real images through floats and truncates them as well, which lowers 63 of
-        # the 256 levels by one. Here they keep the levels of their files, and only generated images are truncated.
+        # the 256 levels by one. Here only generated images are truncated.
         x = (x if x.dtype == torch.uint8 else data.quantize(x)).to(device).float().expand(-1, 3, -1, -1)
         return net(resize(x, protocol))
     return extract
@@ -234,16 +215,16 @@ def fid_features(net, protocol, device):
 
 def load_inception(args, device):
     """FID's function from images to features, and what it is."""
-    option, net = "--inception-weights", inception_network()
-    net.load_state_dict(torch.load(weights(option, args.inception_weights), "cpu", weights_only=True))
-    return fid_features(net, args.protocol, device), dict(
-        network="inception-2015-12-05", features=2048, sha256=WEIGHTS[option][0], name=args.protocol)
+    net, path = inception_network(), weights("--inception-weights", args.inception_weights)
+    net.load_state_dict(torch.load(path, "cpu", weights_only=True))
+    about = dict(network="inception-2015-12-05", features=2048, sha256=sha256(path), name=args.protocol)
+    return fid_features(net, args.protocol, device), about
 
 
 # ----------------------------------------------------------------------------------------------- the labeller
 
 def load_data(dataset, data_dir, side, args):
-    """A dataset at one side, and of its labeller the file, the network, the recipe and the command that trains it."""
+    """A dataset at one side, and the file, network and recipe of its labeller."""
     imagenet, recipe = args.labeller == "imagenet", WIDE if side >= 32 else NARROW
     if imagenet and side < 32:
         raise InputError("--labeller imagenet is for 32x32 and more: its stem leaves one pixel of 16x16")
@@ -253,14 +234,11 @@ def load_data(dataset, data_dir, side, args):
         raise InputError(f"{dataset} has {len(u8)} training images: a labeller takes at least 10")
     digest = data.digest(u8, y)  # a labeller never judges images of another digest than it was trained on
     path = Path("runs", "labellers", f"{side}x{side}{'-imagenet' * imagenet}-{digest[:8]}.pt")
-    command = ["python", "eval_fid.py", "--train-resnet18", dataset, "--image-size", str(side)]
-    command += ["--data-dir", data_dir] * (data_dir != "data") + ["--labeller", "imagenet"] * imagenet
     least = recipe["least"].get(dataset, (1 + 1 / len(info.classes)) / 2)  # half-way between chance and 1
     return SimpleNamespace(
         dataset=dataset, info=info, u8=u8, y=y, u8_test=u8_test, y_test=y_test, digest=digest,
-        recipe=dict(recipe, least=least), path=Path(args.labeller_path or path),
-        network=dict(channels=info.channels, classes=len(info.classes), width=recipe["width"], imagenet=imagenet),
-        title=f"{info.title} at {side}x{side}", command=shlex.join(command))
+        recipe=dict(recipe, least=least), path=Path(args.labeller_path or path), title=f"{info.title} at {side}x{side}",
+        network=dict(channels=info.channels, classes=len(info.classes), width=recipe["width"], imagenet=imagenet))
 
 
 def augment(x, warp=True):
@@ -324,7 +302,7 @@ def train_labeller(d, args, seed, device):
     right = accuracy(net, u8_test, y_test)
     if right < recipe["least"]:
         raise InputError(f"this labeller has {right:.4f} test accuracy, KLD and frd need {recipe['least']:.4g}: it is "
-                         f"not kept, try {d.command} --epochs {4 * epochs}")
+                         f"not kept, give --epochs {4 * epochs}")
     run.save(d.path, {"model": state, "network": d.network, "images": d.title, "digest": d.digest, "seed": seed,
                       "recipe": dict(recipe, epochs=epochs), "test_accuracy": right})
     print(f"{d.path}: {right:.4f} test accuracy, {time.perf_counter() - begun:.0f} s on {device}", flush=True)
@@ -334,22 +312,14 @@ def load_labeller(d, args, device):
     """Two functions, images (B, C, H, W), uint8 or floats in [-1, 1], -> features (B, D) and features -> logits, and
     what they are. The labeller is trained now if there is none.
     """
-    if not d.path.exists():
-        if args.labeller_path:
-            raise InputError(f"there is no labeller {d.path}: train it with {d.command}")
-        long = "about a minute" if d.recipe["width"] == NARROW["width"] else "minutes on a GPU, days on a CPU"
-        print(f"{d.path} is not there yet: training this labeller, {long}", flush=True)
+    if not d.path.exists() and not args.labeller_path:
+        print(f"training the labeller {d.path}: minutes on a GPU, below 32x32 also on a CPU", flush=True)
         train_labeller(d, args, 42, device)
     state = run.load(d.path)
-    try:
-        images, digest, right = state["images"], state["digest"], state["test_accuracy"]
-        net = resnet18(**state["network"])
-        net.load_state_dict(state["model"])
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise InputError(f"{d.path} is not a labeller: train one with {d.command}") from error
-    if digest != d.digest:
-        raise InputError(f"{d.path} was trained on other images ({images}): leave --labeller-path out, or train "
-                         f"another with {d.command}")
+    if not isinstance(state, dict) or state.get("digest") != d.digest:
+        raise InputError(f"{d.path} is no labeller of these images: leave --labeller-path out, or remove this file")
+    net = resnet18(**state["network"])
+    net.load_state_dict(state["model"])
     net.eval().requires_grad_(False).to(device)
     head, net.fc = net.fc, nn.Identity()
 
@@ -358,84 +328,64 @@ def load_labeller(d, args, device):
         x = x.to(device)
         return net((data.normalize(x) if x.dtype == torch.uint8 else x).expand(-1, net.conv1.in_channels, -1, -1))
     kind = "imagenet" if state["network"]["imagenet"] else "scratch"
-    about = dict(network=f"resnet18-{kind}", features=head.in_features, sha256=sha256(d.path), digest=digest)
-    return extract, head, dict(about, test_accuracy=right)
+    return extract, head, dict(network=f"resnet18-{kind}", features=head.in_features, sha256=sha256(d.path),
+                               digest=d.digest, test_accuracy=state["test_accuracy"])
 
 
 # ------------------------------------------------------------------------------------------ images from people
 
-def read_pictures(files, size):
-    """uint8 (B, 3, H, W) of picture files, which must all have this size (W, H)."""
-    pictures = [data.read_picture(file).convert("RGB") for file in files]
-    for file, picture in zip(files, pictures):
-        if picture.size != size:
-            raise InputError(f"{file} is {picture.size}, others {size}: give all one size")
-    return np.stack(pictures).transpose(0, 3, 1, 2)
-
-
-def read_arrays(path):
-    """The arrays of a .npz, or {"images": the array} of a .npy, which stays on the disk."""
+def read_images(path):
+    """The images (N, C, H, W) uint8 of a folder or file, or the arrays of saved statistics, {name: array}."""
+    if Path(path).is_dir():
+        files = [file for file in data.visible(Path(path)) if file.suffix.lower() in PICTURES]
+        if not files:
+            raise InputError(f"{path} holds no pictures, and its sub-folders are not searched")
+        pictures = [np.asarray(data.read_picture(file).convert("RGB")) for file in files]
+        for file, picture in zip(files, pictures):
+            if picture.shape != pictures[0].shape:
+                raise InputError(f"{file} is {picture.shape}, others {pictures[0].shape}: give all one size")
+        return np.stack(pictures).transpose(0, 3, 1, 2)
     try:
-        file = np.load(path, mmap_mode="r")  # refuses pickled objects
-        if isinstance(file, np.ndarray):
-            return {"images": file}
-        with file:
-            if all(f"{name}.npy" in file.zip.namelist() for name in file.files):  # nothing but arrays
-                return dict(file)
-    except OSError as error:
-        raise InputError(f"cannot read {path} ({error.strerror or error})") from error
-    except (ValueError, EOFError, KeyError, SyntaxError, zipfile.BadZipFile, zlib.error):
-        pass
-    raise InputError(f"{path} is not a whole .npy or .npz of numbers, nor a folder: unpack pictures into a folder, or "
-                     "save the images with numpy.save, as uint8")
-
-
-def pick_images(path, arrays):
-    """The images (N, C, H, W) among arrays by name."""
+        file = np.load(path)  # refuses pickled objects
+        arrays = {"images": file} if isinstance(file, np.ndarray) else {name: np.asarray(file[name]) for name in file}
+    except (OSError, ValueError, EOFError, KeyError, SyntaxError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path} is no folder of pictures, nor a whole .npy or .npz of numbers ({str(error):.80})"
+                         ) from error
+    if "mu" in arrays:
+        return arrays
     names = [name for name in ("images", "arr_0") if name in arrays] or list(arrays)
-    if len(names) != 1:
-        raise InputError(f"{path} holds {len(arrays)} arrays ({', '.join(arrays)}): keep one, or call one images")
-    x = arrays[names[0]]
-    last, first = (x.ndim == 4 and x.shape[axis] in (1, 3) for axis in (3, 1))
-    if x.dtype != np.uint8 or (x.ndim != 3 and last == first) or 0 in x.shape:
-        raise InputError(f"{path} holds {x.dtype} of shape {x.shape}: give uint8 (N, H, W), (N, H, W, C) or "
-                         "(N, C, H, W), C = 1 or 3, so that one axis alone can be the channels")
-    return x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2) if last else x
+    x = arrays[names[0]] if len(names) == 1 else np.zeros(0)
+    x = x[..., None] if x.ndim == 3 else x
+    x = x.transpose(0, 3, 1, 2) if x.ndim == 4 and x.shape[3] in (1, 3) else x
+    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1] not in (1, 3) or 0 in x.shape:
+        held = ", ".join(f"{name}: {array.dtype} {array.shape}" for name, array in arrays.items()) or "nothing"
+        raise InputError(f"{path} holds {held:.200}: give one array, or call one images, uint8 (N, H, W), (N, H, W, C) "
+                         "or (N, C, H, W) with 1 or 3 channels")
+    return x
 
 
 def statistics(source, extract, about, args, size=None, n=None):
     """Moments of the features, and [H, W], of images, at most the first n, or of saved statistics.
 
-    Of a dataset it is n images drawn at random, brought to `size`.
+    A dataset's images are brought to `size` and shuffled before.
     """
-    (name, _, split), read = source.partition(":"), np.array
+    name, _, split = source.partition(":")
     if name in data.DATASETS:
         if split not in ("", "train", "test") or (size and size[0] != size[1]):
             raise InputError(f"{source}: say {name}:train or {name}:test, and compare square images with it")
         data.dataset(name)  # says so where there is a folder of that name too
-        data_dir = args.data_dir or "data"
-        side = size[0] if size else data.info(name, data_dir).size
-        images, _ = data.load_images(name, split or "test", data_dir, side)
+        side = size[0] if size else data.info(name, args.data_dir).size
+        images, _ = data.load_images(name, split or "test", args.data_dir, side)
         reseed(args.seed or 0, "floor")
-        images = images[torch.randperm(len(images))].numpy()
-    elif Path(source).is_dir():
-        images = [file for file in data.visible(Path(source)) if file.suffix.lower() in PICTURES]
-        if not images:
-            raise InputError(f"{source} holds no pictures ({' '.join(PICTURES)}; its sub-folders are not searched)")
-        read = functools.partial(read_pictures, size=data.read_picture(images[0]).size)
+        images = images[torch.randperm(len(images))]
     else:
-        arrays = read_arrays(source)
-        if "mu" in arrays:
-            if str(arrays.get("protocol")) != json.dumps(about):
-                raise InputError(f"{source} has another protocol ({arrays.get('protocol')}): give the images instead")
-            return Moments(int(arrays["n"]), arrays["mu"], arrays["sigma"]), arrays["size"].tolist()
-        images = pick_images(source, arrays)
-    images = images[:n]
-    if len(images) < 2:
-        raise InputError(f"{source} holds one image: a covariance takes two")
-    starts = tqdm(range(0, len(images), args.batch_size), desc=source, disable=None, leave=False)
-    features = features_of((torch.from_numpy(read(images[i:i + args.batch_size])) for i in starts), extract)
-    return moments(features), list(read(images[:1]).shape[2:])
+        images = read_images(source)
+        if isinstance(images, dict):
+            if str(images.get("protocol")) != json.dumps(about):
+                raise InputError(f"{source} has another protocol ({images.get('protocol')}): give the images instead")
+            return Moments(int(images["n"]), images["mu"], images["sigma"]), images["size"].tolist()
+        images = torch.from_numpy(images)
+    return moments(features_of(images[:n], extract, args.batch_size)), list(images.shape[2:])
 
 
 def compare(args, device):
@@ -447,29 +397,29 @@ def compare(args, device):
     if args.n not in (None, fake.n):
         raise InputError(f"{args.images} has {fake.n} images, not {args.n}: give another --n")
     if args.save_stats:
-        arrays = dict(n=fake.n, mu=fake.mu, sigma=fake.sigma, size=size, protocol=json.dumps(about))
-        run.replace(args.save_stats, lambda file: np.savez(file, **arrays))
+        run.replace(args.save_stats, lambda file: np.savez(
+            file, **fake._asdict(), size=size, protocol=json.dumps(about)))
     if not args.reference:
         return
     true, size_r = statistics(args.reference, extract, about, args, size)
     if size != size_r:
         raise InputError(f"{args.images} has images of {size}, {args.reference} of {size_r}: give both one size")
-    warn_if_few(n := min(fake.n, true.n))
-    record = dict(fid=frechet(fake, true), fid_floor=None, n=fake.n, n_real=true.n, n_floor=None,
-                  rank_deficient=n < 2048, images=args.images, reference=args.reference, image_size=size,
-                  protocol=about, device=str(device), versions=VERSIONS)
     name, _, split = args.reference.partition(":")
-    if name in data.DATASETS:  # as many real images from the dataset's other split
+    floor = None  # of as many real images from the dataset's other split
+    if name in data.DATASETS:
         other = f"{name}:{'test' if split == 'train' else 'train'}"
         floor, _ = statistics(other, extract, about, args, size, n=fake.n)
-        record.update(fid_floor=frechet(floor, true), n_floor=floor.n)
-    print(json.dumps(record, indent=1, allow_nan=False))
+    warn_if_few(n := min(fake.n, true.n))
+    print(json.dumps(dict(
+        fid=frechet(fake, true), fid_floor=floor and frechet(floor, true), n=fake.n, n_real=true.n,
+        n_floor=floor and floor.n, rank_deficient=n < 2048, images=args.images, reference=args.reference,
+        image_size=size, protocol=about, device=str(device), versions=VERSIONS), indent=1, allow_nan=False))
 
 
 def warn_if_few(n):
     if n < 2048:
-        print(f"warning: {n} images are fewer than FID's 2048 features, so that FID is too large: compare it with its "
-              "floor alone", file=sys.stderr)
+        print(f"warning: {n} images are fewer than FID's 2048 features: compare FID with its floor alone",
+              file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------------ a run
@@ -477,8 +427,7 @@ def warn_if_few(n):
 def read_run(folder, args):
     """What its evaluation needs of a run's config.json and of the arguments, and the records of eval.json."""
     if not (folder / "config.json").exists():
-        raise InputError(f"{folder} is no run folder: give one, or say with --reference what these images are to be "
-                         "compared with")
+        raise InputError(f"{folder} is no run folder; with images say by --reference what they are compared with")
     keys = "dataset class_names class_tasks scale image_size unet schedule seed sample_steps data_dir".split()
     c, path = SimpleNamespace(**{"clip": True, **run.read_config(folder, keys)}), folder / "eval.json"
     try:
@@ -493,26 +442,13 @@ def read_run(folder, args):
     return c, records
 
 
-def load_fid(scale, args, device):
-    """FID's function from images to features, what it is, and None; or None, None, and why there is none."""
-    asked = args.fid or args.inception_weights
-    if scale != "paper" and not asked:
-        return None, None, f"left out of a {scale} run, 0.4 s an image on a CPU core; --fid measures it"
-    try:
-        return *load_inception(args, device), None
-    except InputError as error:
-        if asked:
-            raise
-        return None, None, str(error)
-
-
 def generate(model, c, abar, args, name):
     """c.n images of a model, floats (n, C, side, side) in [-1, 1], on the CPU."""
-    x_T = torch.empty(c.n, model.in_channels, c.image_size, c.image_size)
+    x_T = []
     for i in range(c.n):
         reseed(c.seed, "eval", i)  # a stream for each image: neither batch size nor device changes it
-        x_T[i] = torch.randn(x_T.shape[1:])
-    batches = tqdm(x_T.split(args.batch_size), desc=name, disable=None, leave=False)
+        x_T.append(torch.randn(model.in_channels, c.image_size, c.image_size))
+    batches = tqdm(torch.stack(x_T).split(args.batch_size), desc=name, disable=None, leave=False)
     return torch.cat([sample(model, x.to(abar.device), abar, c.steps, clip=c.clip).clamp(-1, 1).cpu() for x in batches])
 
 
@@ -520,7 +456,7 @@ def generate(model, c, abar, args, name):
 def denoising_errors(model, u8, abar, seed):
     """The mean over images u8 (N, C, H, W) and pixels of |eps - model(x_t, t)|^2 for t in 0 .. 99, ..., 900 .. 999.
 
-    Ten floats. In each bin every image has one t and one eps, the same for every model.
+    In each of these ten bins every image has one t and one eps, the same for every model.
     """
     errors = []
     for low in range(0, T, 100):
@@ -533,15 +469,15 @@ def denoising_errors(model, u8, abar, seed):
     return errors
 
 
-def evaluate(fake, real, floor, y, tasks, networks, head, args):
-    """The metrics of images `fake` against `real`, whose classes are y, and those of `floor` against `real`.
+def evaluate(fake, real, floor, y, tasks, networks, head, batch_size):
+    """The metrics of images `fake`, and distances of images `floor`, against `real`, whose classes are y.
 
-    `tasks` are the classes of each task seen. frd_by_task is the frd of each task's images alone, of the generated ones
-    those to which the labeller gives its classes; None where these are fewer than two.
+    `tasks` are the classes of each task seen. To the frd of a task belong the generated images that the labeller gives
+    its classes. It is None where these are fewer than two.
     """
     record = dict(fid=None, fid_floor=None, rank_deficient=min(len(fake), len(real)) < 2048)
     for metric, extract in networks.items():
-        x, x_r, x_f = (features_of(images.split(args.batch_size), extract) for images in (fake, real, floor))
+        x, x_r, x_f = (features_of(images, extract, batch_size) for images in (fake, real, floor))
         record[metric], record[f"{metric}_floor"] = (frechet(moments(v), moments(x_r)) for v in (x, x_f))
         if metric == "frd":
             weight, bias = (v.cpu().double().numpy() for v in (head.weight, head.bias))
@@ -559,7 +495,7 @@ def evaluate(fake, real, floor, y, tasks, networks, head, args):
 def evaluate_run(folder, args, device):
     """Evaluate every task<k>.pt of a run folder into its eval.json, a list of records, written after each task.
 
-    A task that has a record of the same protocol is skipped; one with FID does where FID is not asked for.
+    A task is skipped if it has a record of the same protocol, or of this one with FID.
     """
     path, (c, records) = folder / "eval.json", read_run(folder, args)
     tasks = [k for k in range(1, len(c.class_tasks) + 1) if (folder / f"task{k}.pt").exists()]
@@ -568,19 +504,20 @@ def evaluate_run(folder, args, device):
     run.check_writable(path)
     d = load_data(c.dataset, c.data_dir, c.image_size, args)
     if d.info.classes != c.class_names:
-        raise InputError(f"{c.dataset} has the classes {', '.join(d.info.classes)}, the run was trained on "
-                         f"{', '.join(c.class_names)}: give it the same data")
-    first = torch.tensor(sum(c.class_tasks[:tasks[0]], []))
-    fewest = min(int(torch.isin(y, first).sum()) for y in (d.y, d.y_test))
-    if fewest < 2:
-        raise InputError(f"{c.dataset} has {fewest} test or training images of the classes seen after task {tasks[0]}: "
-                         "a covariance takes two")
+        raise InputError(f"{c.dataset} has other classes than the run, {', '.join(d.info.classes)}: give its data")
     labeller, head, frd_about = load_labeller(d, args, device)
-    fid, fid_about, missing = load_fid(c.scale, args, device)
-    networks, model = {"frd": labeller}, UNet(**NETS[c.unet]).to(device)
-    if fid:
-        networks["fid"] = fid
-        warn_if_few(c.n)
+    networks, fid_about, asked = {"frd": labeller}, None, args.fid or args.inception_weights
+    missing = f"left out of a {c.scale} run, 0.4 s an image on a CPU core; --fid measures it"
+    if asked or c.scale == "paper":
+        try:
+            networks["fid"], fid_about = load_inception(args, device)
+            missing = None
+            warn_if_few(c.n)
+        except InputError as error:
+            if asked:
+                raise
+            missing = str(error)
+    model = UNet(**NETS[c.unet]).to(device)
     reference_digest, abar = data.digest(d.u8_test, d.y_test), alpha_bar(c.schedule).to(device)
     of_task1 = d.u8_test[data.indices(d.y_test, c.class_tasks)[0][:500]]
     for k in tasks:
@@ -593,41 +530,40 @@ def evaluate_run(folder, args, device):
             n=c.n, n_real=len(real), n_floor=len(pool), seed=c.seed, steps=c.steps, schedule=c.schedule,
             image_size=c.image_size, clip=c.clip, reference=f"{d.info.name}, test images of classes {seen}",
             reference_digest=reference_digest, checkpoint=sha256(file), frd=frd_about, fid=fid_about)
-        if any(r["task"] == k and protocol in (r["protocol"], {**r["protocol"], "fid": None}) and "denoise" in r
-               for r in records):
+        if any(r["task"] == k and protocol in (r["protocol"], {**r["protocol"], "fid": None}) for r in records):
             print(f"task {k}: evaluated before")
             continue
         run.load_weights(model, file)
         fake = generate(model, c, abar, args, str(file))
         record = evaluate(
-            fake, d.u8_test[real], d.u8[pool], d.y_test[real], c.class_tasks[:k], networks, head, args)
+            fake, d.u8_test[real], d.u8[pool], d.y_test[real], c.class_tasks[:k], networks, head, args.batch_size)
         record.update(task=k, denoise=denoising_errors(model, of_task1, abar, c.seed), fid_missing=missing,
                       protocol=protocol, device=str(device), versions=VERSIONS,
                       seconds=round(time.perf_counter() - begun, 1))
-        # Dropped is the same without FID, and what is of a model that is no longer there.
+        # Dropped are the same without FID, and records of a model that is no longer there.
         records = [r for r in records if r["task"] != k or r["protocol"] != {**protocol, "fid": None}
                    and r["protocol"]["checkpoint"] == protocol["checkpoint"]]
         records = sorted([*records, record], key=lambda r: r["task"])
         run.write_json(path, records)
         said = (f"{key} {record[key]:.3f}" for key in ("frd", "fid", "kld", "share_old") if record[key] is not None)
         print(f"task {k}:", ", ".join(said), flush=True)
-    print(f"{path} has {len(tasks)} of {len(c.class_tasks)} tasks; next: python report.py runs"
-          + f"\nfid is null: {missing}" * bool(missing))
+    print(f"{path} has {len(tasks)} of {len(c.class_tasks)} tasks; next: python report.py runs")
+    if missing and any(r["fid"] is None for r in records):
+        print(f"fid is null: {missing}")
 
 
 def main(argv=None):
     args = get_args(argv)
     device = run.pick_device(args.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # cudnn's is on by default
-    if args.train_resnet18:
-        data_dir = args.data_dir or "data"
-        side = 64 if data.info(args.train_resnet18, data_dir).like == "imagenet100" else 32
-        d = load_data(args.train_resnet18, data_dir, args.image_size or (side if args.scale == "paper" else 16), args)
-        train_labeller(d, args, 42 if args.seed is None else args.seed, device)
-    elif args.reference or args.save_stats:
-        compare(args, device)
-    else:
-        evaluate_run(Path(args.images), args, device)
+    if not (args.train_resnet18 or args.reference or args.save_stats):
+        return evaluate_run(Path(args.images), args, device)
+    args.data_dir = args.data_dir or "data"
+    if not args.train_resnet18:
+        return compare(args, device)
+    side = 64 if data.info(args.train_resnet18, args.data_dir).like == "imagenet100" else 32
+    d = load_data(args.train_resnet18, args.data_dir, args.image_size or (side if args.scale == "paper" else 16), args)
+    train_labeller(d, args, 42 if args.seed is None else args.seed, device)
 
 
 if __name__ == "__main__":

