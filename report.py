@@ -121,7 +121,7 @@ BEYOND = {  # docs/beyond.md, docs/jdcl.md
                         for n in ("5", "5 --teacher-solver ipndm", "10")),
     "errors": "joint, finetune, gr, gd, lwf, noise",
     "ewc": "gd, " + ", ".join(f"{base} --ewc {weight}" for base in ("ewc", "ewc-random")
-                              for weight in (150, 1500, 15000, 150000)),
+                              for weight in (15, 150, 1500, 15000)),
     "few labels": ", ".join(f"jdcl --labels {share}{alone}{order}" for share in (0.05, 0.008)
                             for order in ("", " --class-order 0,1,2,3,4|5,6,7,8,9")
                             for alone in ("", " --labelled-only"))}
