@@ -398,12 +398,11 @@ def learn_local(job, previous):
         batch = make_batch(job, args.crop[0], u8, y_l, ("strong", u8), ("weak", u8_l), ("weak", u8))
         return semi_supervised_losses(args, job.model, *batch)
 
-    begin = previous
     if job.k == 1 or args.local_init == "scratch":
         reseed(args.seed, "weights", job.k)
         scratch = build(args).state_dict()
-        begin = {"model": scratch, "raw": scratch, "count": 0}
-    learn(job, "local", begin, losses)
+        previous = {"model": scratch, "raw": scratch, "count": 0}
+    learn(job, "local", previous, losses)
     if job.n_global:
         run.save(job.folder / f"local{job.k}.pt", snapshot(job, accuracy=measure(job)["accuracy"]))
 
@@ -437,8 +436,8 @@ def draw(job, side, classes, saved, labeller):
     images, found = [], torch.bincount(y, minlength=len(args.class_names)).tolist()
     for c in classes:
         if not found[c]:
-            raise run.InputError(f"task {job.k}: none of {len(y)} {side} images looks like class {c} to the model: with "
-                                 "--restart, raise --local-iterations, --global-iterations or --replay-cap")
+            raise run.InputError(f"task {job.k}: none of {len(y)} {side} images looks like class {c} to the model: try "
+                                 "--restart and more --local-iterations, --global-iterations or --replay-cap")
         own = u8[y == c][:quota]
         reseed(args.seed, "copies", job.k, c)
         copies = own[torch.randint(len(own), (quota - len(own),))]
@@ -462,9 +461,10 @@ def draw_and_label(job, previous, local):
     real, _ = of_classes(job.test, job.learned)
     largest = [classify(job.ema, images.to(job.device)).amax(1) for images in (real, u8)]
     edges = np.histogram_bin_edges(torch.cat(largest), 40)
-    about["logits"] = {"edges": edges.tolist()} | {
-        name: dict(counts=np.histogram(x, edges)[0].tolist(), mean=float(x.mean()), sd=float(x.std(correction=min(1, len(x) - 1))))
-        for name, x in zip(("real", "replayed"), largest)}
+    about["logits"] = {"edges": edges.tolist()}
+    for name, x in zip(("real", "replayed"), largest):
+        sd = float(x.std(correction=min(1, len(x) - 1)))  # 0 of a single image
+        about["logits"][name] = dict(counts=np.histogram(x, edges)[0].tolist(), mean=float(x.mean()), sd=sd)
     if local:
         new, about["new"] = draw(job, "new", job.classes, local, job.new)
         u8 = torch.cat([u8, new])
@@ -482,7 +482,7 @@ def learn_global(job, previous, replay):
     """
     args, x_r = job.args, [replay[name].to(job.device) for name in ("images", "labels")]
     old, new = of_classes(x_r, job.learned), of_classes(job.train if args.one_stage else x_r, job.classes)
-    # DEVIATION: released batches are drawn from old and new together; at a fixed ratio they keep their shapes.
+    # DEVIATION: released batches mix old and new images at random; at a fixed ratio the teachers' keep their shapes.
     n_old = round(args.batch_size * len(job.learned) / len(job.seen))
     n = sum(i < n_old for i in run.share(range(args.batch_size)))  # old ones in this process's share: they come first
 
@@ -526,8 +526,8 @@ def finish_task(job, previous, local, replay):
         x = sample(job.ema, x_T, job.abar, args.sample_steps, clip=args.clip)
     run.save_picture(job.folder / "samples" / f"task{k}.png", data.quantize(x), columns=8)
     run.save(job.folder / f"task{k}.pt", snapshot(job, history=history))
-    print(f"task {k}: average accuracy {result['average_accuracy']:.4f}, of each task "
-          f"{' '.join(f'{a:.4f}' for a in result['matrix'][-1])}", flush=True)
+    of_each = ", ".join(f"{a:.4f}" for a in result["matrix"][-1])
+    print(f"task {k}: average accuracy {result['average_accuracy']:.4f}, of each task {of_each}", flush=True)
     job.state = {}
 
 
@@ -582,11 +582,10 @@ def main(argv=None):
         if job.n_global:
             local = earlier(folder / f"local{k}.pt") if job.n_local else None
             # DEVIATION: the released code labels and distils with raw weights and dropout on, as --teacher raw.
-            raw = args.teacher == "raw"
             for teacher, saved in (old, previous), (new, local):
                 if saved:
-                    teacher.load_state_dict(saved["raw" if raw else "model"])
-                    teacher.train(raw)
+                    teacher.load_state_dict(saved["raw" if args.teacher == "raw" else "model"])
+                    teacher.train(args.teacher == "raw")
             if stage != "global":
                 draw_and_label(job, previous, local)
             replay = earlier(folder / f"replay{k}.pt")
