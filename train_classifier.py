@@ -12,9 +12,8 @@ A.1.2 and A.2 (Equations 11 to 13): the accuracies of Tables 2, B.3, B.4 and B.5
     python train_classifier.py runs/fashion-mnist/gd-2/seed42           any finished run of a train script
     python train_classifier.py --dataset fashion-mnist --replay none    the lower target, no replay; all: the upper one
 
-The result is RUN/classifier.json, or classifier.json of runs/<dataset>/classifier-finetune/seed<seed> and
-classifier-joint. It is written after each task, see `summary`. A command that was stopped starts over. At laptop scale
-150 updates of task 1 and 60 of each other stand in for 20 epochs: two minutes on one core.
+The result is classifier.json in RUN, or in runs/<dataset>/classifier-finetune/seed<seed> or classifier-joint. It is
+written after each task. A command that was stopped starts over. At laptop scale it takes two minutes on one core.
 """
 
 import copy
@@ -35,7 +34,7 @@ import data
 import run
 from ddim import T, alpha_bar, eval_mode, reseed, sample
 from run import InputError
-from unet import NETS, UNet
+from unet import NETS, UNet, misfit
 
 BATCH, LR, R = 128, 1e-3, 2.0  # images of the current task, learning rate of Adam (A.4), temperature (A.2)
 
@@ -44,14 +43,13 @@ BATCH, LR, R = 128, 1e-3, 2.0  # images of the current task, learning rate of Ad
 # DEVIATION: batches of 128 and 20 epochs, 1,880 updates of a task on Fashion-MNIST and 1,580 on CIFAR-10, as in the
 # released runs; the paper says 1,800 for both, and batches of 64 for CIFAR-10.
 # DEVIATION: the paper augments nothing; its released runs mirror CIFAR's images, here too.
-PAPER = dict(length=("epochs", [20.0]), image_size=32, class_order="random")
-SMALL = dict(length=("iterations", [900]), image_size=16, class_order="random")
-LAPTOP = dict(SMALL, length=("iterations", [150, 60]), class_order="0,1|2,7|8,9")
-PRESETS = {"paper": PAPER, "small": SMALL, "laptop": LAPTOP}  # of a target
-# Of a run. On one core the replayed images of an update take a 16x16 model about a second, so small runs draw a pool.
-# With 900 updates of each task they would lose more of the old classes than with 250.
-REPLAYING = {"paper": dict(length=PAPER["length"], pool=None), "laptop": dict(length=LAPTOP["length"], pool=None),
-             "small": dict(length=("iterations", [900, 250]), pool=6400)}
+PRESETS = {
+    "paper": dict(length=("epochs", [20.0]), pool=None, image_size=32, class_order="random"),
+    "small": dict(length=("iterations", [900]), pool=None, image_size=16, class_order="random"),
+    "laptop": dict(length=("iterations", [150, 60]), pool=None, image_size=16, class_order="0,1|2,7|8,9")}
+# On one core the replayed images of an update take a 16x16 model about a second, so small runs draw a pool. With 900
+# updates of each task they would lose more of the old classes than with 250.
+SMALL_RUN = dict(length=("iterations", [900, 250]), pool=6400)
 TARGETS = {"none": ("classifier-finetune", "Finetune (classifier)"), "all": ("classifier-joint", "Joint (classifier)")}
 WHAT = "name title base method departs dataset scale seed class_names".split()  # copied into classifier.json
 
@@ -86,28 +84,32 @@ def get_args(argv=None):
     for key in ("dataset", "scale", "seed", "tasks", "class_order") if first.run else ("steps", "pool", "replay_loss"):
         if getattr(first, key) is not None:
             parser.error(f"--{key.replace('_', '-')} does nothing for a {'run' if first.run else 'target'}")
-    preset = read_run(Path(first.run)) if first.run else target_preset(first)
+    preset = run_preset(Path(first.run)) if first.run else target_preset(first)
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
     departs, info = run.departures(parser, args, "run", "replay"), data.info(args.dataset, args.data_dir)
+    args.dataset_name, args.preset_length = info.name, preset["length"]
     if first.replay:
         args.class_names, args.departs = info.classes, departs
         args.class_tasks = data.class_tasks(len(info.classes), args.tasks, args.class_order, args.seed)
         args.name = run.run_name(args.base, departs, args.scale)
         args.folder = Path("runs", info.name, args.name, f"seed{args.seed}")
+    elif why := misfit(args.unet, info.channels, args.image_size):
+        raise InputError(f"{why}: give {args.folder} the data that it was trained on")
     if info.classes != args.class_names:
         raise InputError(f"{args.dataset} has the classes {', '.join(info.classes)}, the run was trained on "
                          f"{', '.join(args.class_names)}: give it the same data")
+    if args.image_size < 10:
+        raise InputError(f"the classifier takes images of 10x10 pixels or more, these have {args.image_size}")
     if "length" in departs and len(args.length[1]) > len(args.class_tasks):
         parser.error(f"--{args.length[0]} takes at most one value for each of the {len(args.class_tasks)} tasks")
-    args.dataset_name, args.preset_length = info.name, preset["length"]
     return args
 
 
 def target_preset(first):
     """What a target does unless it is told otherwise, the same as in the train scripts."""
     dataset, scale, data_dir = first.dataset or "fashion-mnist", first.scale or "paper", first.data_dir or "data"
-    preset, (base, title) = dict(PRESETS[scale], pool=None), TARGETS[first.replay]
+    preset, (base, title) = dict(PRESETS[scale]), TARGETS[first.replay]
     if dataset not in data.DATASETS:
         preset["class_order"] = "random"  # a stated order is about the classes of a dataset
     if dataset == "imagenet100" and scale == "paper":
@@ -117,23 +119,22 @@ def target_preset(first):
                 flip=data.info(dataset, data_dir).channels == 3)
 
 
-def read_run(folder):
+def run_preset(folder):
     """What the config.json of a run says, whatever train script wrote it."""
     keys = [*WHAT, "data_dir", "class_tasks", "image_size", "flip", "unet", "schedule", "sample_steps"]
     config = run.read_config(folder, keys)
-    found = {key: config[key] for key in keys} | {"clip": config.get("clip", True)}
-    if found["unet"] not in NETS or found["scale"] not in REPLAYING:
+    found = {key: config[key] for key in keys} | {"clip": config.get("clip", True), "steps": config["sample_steps"]}
+    if found["unet"] not in NETS or found["scale"] not in PRESETS:
         raise InputError(f"{folder} is of the net {found['unet']} and the scale {found['scale']}: add what is new to "
-                         "NETS of unet.py and REPLAYING of train_classifier.py")
-    return dict(found, **REPLAYING[found["scale"]], folder=folder, replay="generated", replay_loss="paper",
-                steps=found["sample_steps"])
+                         "NETS of unet.py and PRESETS of train_classifier.py")
+    length_and_pool = SMALL_RUN if found["scale"] == "small" else PRESETS[found["scale"]]
+    return dict(length_and_pool, **found, folder=folder, replay="generated", replay_loss="paper")
 
 
 # ---------------------------------------------------------------------------------------- network and losses
 
 def classifier(channels, classes):
-    """The network of Table A.1: x_0 (B, channels, H, W) -> logits (B, classes), H = W >= 10; 119,722 parameters for one
-    channel and ten classes. All classes have their output from the start, and none is ever masked.
+    """The network of Table A.1: x_0 (B, channels, H, W) -> logits (B, classes), H = W >= 10. No class is ever masked.
 
     DEVIATION: the table gives no paddings; as in the released code the second and fourth convolution have none.
     """
@@ -189,27 +190,17 @@ def summary(correct, total):
 
 # ------------------------------------------------------------------------------------------------------ train
 
-def load_split(args, split):
-    """Images u8 (N, C, H, W) and classes y (N,) of a split, and for each task the numbers of its images."""
-    u8, y = data.load_images(args.dataset, split, args.data_dir, args.image_size)
-    of_task = data.indices(y, args.class_tasks)
-    for k, (index, classes) in enumerate(zip(of_task, args.class_tasks), 1):
-        if not len(index):
-            raise InputError(f"task {k}, classes {classes}, has no training or no test images")
-    return u8, y, of_task
-
-
 def is_finished(path, protocol):
     """Whether the file at `path` holds the whole result of this protocol; refuse one of another protocol."""
     if not path.is_file():
         return False
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
-        old, done = before["protocol"], len(before["accuracy"])
-        differs = [f"{key} was {old.get(key)} and is {protocol.get(key)}" for key in sorted({*old, *protocol})
-                   if old.get(key) != protocol.get(key)]
+        old, done = {**before["protocol"]}, len(before["accuracy"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged; --restart replaces it") from error
+    differs = [f"{key} was {old.get(key)} and is {protocol.get(key)}" for key in sorted({*old, *protocol})
+               if old.get(key) != protocol.get(key)]
     if differs:
         raise InputError(f"{path} holds a result of other settings ({'; '.join(differs)}); --restart replaces it")
     whole = done == len(protocol["updates"])
@@ -222,8 +213,9 @@ def main(argv=None):
     device, tasks = run.pick_device(args.device), len(args.class_tasks)
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # cudnn's is on by default
-    images, labels, of_task = load_split(args, "train")
-    tests, test_labels, of_test = load_split(args, "test")
+    (images, labels), (tests, test_labels) = (
+        data.load_images(args.dataset, split, args.data_dir, args.image_size) for split in ("train", "test"))
+    of_task, of_test = (data.indices(y, args.class_tasks) for y in (labels, test_labels))  # indices of the images
     # DEVIATION: of the upper target the paper says only "data from all tasks so far"; as in the released runs, training
     # goes on from the task before and a pass is over all of it, so that the updates grow with the tasks.
     if args.replay == "all":
@@ -240,8 +232,7 @@ def main(argv=None):
         abar, files = alpha_bar(args.schedule).to(device), [args.folder / f"task{k}.pt" for k in range(1, tasks + 1)]
         for file in files:  # find out now whether one is missing or damaged
             if not file.exists():
-                raise InputError(f"{args.folder} is not finished, {file.name} is missing: run its train script to the "
-                                 "end")
+                raise InputError(f"{args.folder} is not finished, {file.name} is missing: train it to the end")
             run.load_weights(generator, file)
         protocol.update(replay_loss=args.replay_loss, temperature=R, steps=args.steps, schedule=args.schedule,
                         clip=args.clip, pool=args.pool,
@@ -280,9 +271,8 @@ def main(argv=None):
                 reseed(args.seed, "classifier", "order", k, epoch)
                 order = index[torch.randperm(len(index)).to(device)]
             reseed(args.seed, "classifier", k, u)
-            i = order[b * BATCH:(b + 1) * BATCH]
+            i, x_r = order[b * BATCH:(b + 1) * BATCH], None
             x_0, y = data.normalize(data.mirrored(images[i], args.flip)), labels[i]
-            x_r = None
             if replaying:
                 x_r = pool[torch.randint(len(pool), (len(i),), device=device)] if args.pool else draw(len(i))
             loss_new, loss_replay = losses(model, prev, x_0, y, x_r, args.replay_loss)
@@ -293,13 +283,12 @@ def main(argv=None):
 
         if not loss.isfinite():  # once not finite, it stays so
             raise InputError(f"the loss of task {k} is {loss.item()}: try another --seed")
-        correct.append([count_correct(model, tests[j.to(device)], test_labels[j.to(device)]) for j in of_test[:k]])
+        correct.append([count_correct(model, tests[j], test_labels[j]) for j in of_test[:k]])
         last.append([loss.item(), loss_new.item(), loss_replay.item()])
         seconds.append(round(time.perf_counter() - since, 1))
         result = summary(correct, [len(index) for index in of_test])
-        run.write_json(path, dict(
-            result, **{key: getattr(args, key) for key in WHAT}, dataset_name=args.dataset_name, protocol=protocol,
-            preset_updates=preset_updates, last_losses=last, seconds=seconds, device=str(device),
+        run.write_json(path, result | {key: getattr(args, key) for key in (*WHAT, "dataset_name")} | dict(
+            protocol=protocol, preset_updates=preset_updates, last_losses=last, seconds=seconds, device=str(device),
             command=shlex.join(["python", *sys.argv])))
         print(f"task {k}/{tasks}: accuracy {result['accuracy'][-1]:.4f} on the classes seen, {seconds[-1]:.0f} s",
               flush=True)

@@ -1,13 +1,13 @@
 """JDCL: one network that denoises and classifies learns a sequence of tasks from images that it draws itself.
 
-A classifier's head looks at the pooled features of the denoiser's encoder, so that one model draws images and says
-which class they are of. Task k has two stages. In stage 1 a local model learns the new images,
+A classifier's head looks at the pooled features of the denoiser's encoder. Task k has two stages. In stage 1 a local
+model learns the new images, of each of which x_0 and x_c are two augmented views:
 
     L_local = |eps - model(x_t, t)|^2 + alpha CE(model.classify(x_c), y)                       --alpha, 0.001
 
-where x_0 and x_c are two augmented views of an image. Then the global model of task k-1 draws and labels images of the
-old classes, the local model of the new ones. In stage 2 the global model learns from these alone. The model that drew
-an image is its teacher, whose prediction e' and probabilities q' are distilled:
+Then the global model of task k-1 draws and labels images of the old classes, the local model those of the new ones. In
+stage 2 the global model learns from these alone. The model that drew an image is its teacher, whose prediction e' and
+probabilities q' are distilled:
 
     L_global = 2 |e' - model(x_t, t)|^2 + beta |eps - model(x_t, t)|^2                                beta = 0.01
              + on (2 alpha H(q', p) + beta alpha CE(p, y))                p = softmax(model.classify(x_c))
@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import data
 import run
-from ddim import T, alpha_bar, eval_mode, q_sample, reseed, sample
+from ddim import T, alpha_bar, q_sample, reseed, sample
 from unet import NETS, UNet, misfit, resnet18
 
 BETA = 0.01  # weight of what is not distilled in stage 2
@@ -82,8 +82,7 @@ def get_args(argv=None):
     add("--separate", action="store_true", help="ablation: a ResNet18 of its own classifies, not the denoiser")
     add("--labels", type=run.positive(float, 1), help="share of the labels that is known (paper: 0.008, 0.05)")
     add("--labelled-only", action="store_true", help="with --labels: leave the other images out")
-    add("--kd-weighting", default="sample", choices=["sample", "group"],
-        help="sample: every image weighs the same; group: old classes weigh as much as new ones")
+    add("--kd-weighting", default="sample", choices=["sample", "group"], help="group: old and new classes weigh alike")
     add("--teacher", default="ema", choices=["ema", "raw"], help="weights that teach and label; raw: with dropout")
     add("--local-init", choices=["scratch", "global"], help="of the local model (default: scratch, ImageNet global)")
     add("--local-iterations", type=run.per_task(int), metavar="N", help="updates of stage 1: N, or N1,N2,... by task")
@@ -109,8 +108,8 @@ def get_args(argv=None):
         preset["local_init"] = "global"  # with no stage 2, they go on from the model before
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
+    departs = run.departures(parser, args, "source")
     args.class_tasks = data.class_tasks(len(info.classes), args.tasks, args.class_order, args.seed)
-    departs = run.departures(parser, args, "source", "class_tasks")
 
     two_stages = ["kd_weighting", "local_init", "global_iterations", "classifier_start"]
     drawing = ["no_kd", "one_stage", "teacher", "replay_per_class", "replay_steps", "replay_cap"]
@@ -142,11 +141,11 @@ def count_updates(args, how):
     if args.source != "generated":
         return [(n, 0) for n in n_local]
     if args.one_stage:  # stage 2 takes as many updates as a local model would
-        return [(n_local[0], 0)] + [(0, n) for n in n_local[1:]]
+        return [(n_local[0], 0), *((0, n) for n in n_local[1:])]
     return list(zip(n_local, [0, *n_global]))
 
 
-# -------------------------------------------------------------------------------------------------- the model
+# ------------------------------------------------------------------------------------------- model and losses
 
 def build(args):
     """The network of the run, with an output for every class of the dataset from the first task on."""
@@ -169,18 +168,6 @@ def update_ema(ema, model, n, most):
         a.copy_(b)
 
 
-# ----------------------------------------------------------------------------------------------------- losses
-
-def diffuse(x_0, abar):
-    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, each image with its own t from 0 .. T-1 and eps ~ N(0, I).
-
-    Returns x_t, t, eps. With torchrun each process draws the noise of the whole batch and returns its own share.
-    """
-    t = torch.randint(T, (len(x_0),), device=x_0.device)
-    eps = torch.randn_like(x_0)
-    return [run.share(x) for x in (q_sample(x_0, t, eps, abar), t, eps)]
-
-
 # The losses return their terms and "loss", the weighted sum: scalars. x_t, t, eps are of the denoiser's view, x_c
 # (B, C, H, W) is the classifier's view of the same images, y (B,) are their classes.
 
@@ -193,7 +180,7 @@ def joint_losses(args, model, x_t, t, eps, x_c, y):
     return dict(loss=denoise + args.alpha * ce, denoise=denoise, ce=ce)
 
 
-def semi_supervised_losses(args, model, x_t, t, eps, x_strong, x_weak, x_l, y_l):
+def semi_supervised_losses(args, model, x_t, t, eps, x_strong, x_l, x_weak, y_l):
     """Stage 1 where few labels are known: FixMatch (Sohn et al., arXiv 2001.07685) in the place of CE.
 
     |eps - model(x_t, t)|^2 + alpha CE(x_l, y_l) + alpha mean_u 1[max q_u >= 0.95] CE(x_strong, argmax q_u) with q_u =
@@ -210,9 +197,8 @@ def semi_supervised_losses(args, model, x_t, t, eps, x_strong, x_weak, x_l, y_l)
 def kd_mean(args, d, n, part):
     """Of distances d (B,), the first n of old classes: 2 mean(d), or mean(d_old) + mean(d_new).
 
-    `part` is that of old images in the whole batch; n / B is that in a process's share.
-    DEVIATION: the paper's formula is the second one, "group"; its released code has weighed samples alike since
-    September 2024.
+    With torchrun n is that of the process, `part` the share of old images in the whole batch.
+    DEVIATION: the paper's formula is the second, "group"; the released code weighs samples alike since September 2024.
     """
     if args.kd_weighting == "sample":
         return 2 * d.mean()
@@ -255,35 +241,41 @@ def one_stage_losses(args, model, old, n, x_t, t, eps, x_c, y):
 
 # ------------------------------------------------------------------------------------------------- evaluation
 
-@torch.no_grad()
 def classify(model, u8):
-    """Logits (N, classes), on the CPU, of images u8 (N, C, H, W), in eval mode."""
-    with eval_mode(model):
-        return torch.cat([model.classify(data.normalize(part)).float().cpu() for part in u8.split(1000)])
+    """Logits (N, classes), on the CPU, that a frozen model in eval mode gives images u8 (N, C, H, W)."""
+    return torch.cat([model.classify(data.normalize(part)).float().cpu() for part in u8.split(1000)])
+
+
+def of_classes(images, classes):
+    """Of images (u8 (N, C, H, W), y (N,)) those of some classes, class by class."""
+    u8, y = images
+    i = torch.cat(data.indices(y, [[c] for c in classes]))
+    return u8[i], y[i]
 
 
 def count(model, images, classes):
-    """{c: (right, of)}: of images[c] of each class c the model gives so many class c, out of all it knows."""
-    return {c: (int((classify(model, images[c]).argmax(1) == c).sum()), len(images[c])) for c in classes}
+    """{c: (right, of)}: of the images (u8, y) of each class c the model gives so many class c, out of all it knows."""
+    u8, y = of_classes(images, classes)
+    right = classify(model, u8).argmax(1) == y.cpu()
+    return {c: (int(right[y.cpu() == c].sum()), int((y == c).sum())) for c in classes}
 
 
-def accuracy(counts):
-    """The share of right answers in several pairs (right, of)."""
-    right, of = zip(*counts)
-    return sum(right) / sum(of)
+def accuracy(counts, classes):
+    """The share of right answers among the images of some classes; counts are `count`'s."""
+    return sum(counts[c][0] for c in classes) / sum(counts[c][1] for c in classes)
 
 
 def measure(job, x_r=None):
-    """Accuracies of job.ema by name, on test images; in stage 2 also on replayed images of old classes, x_r {c: u8}."""
+    """Accuracies of job.ema by name, on test images; in stage 2 also on the replayed images x_r (u8, y)."""
     # Where a stage 2 is to come, without x_r it is a local model, which knows the new classes alone.
     classes = job.classes if job.n_global and not x_r else job.seen
     counts, first = count(job.ema, job.test, classes), job.args.class_tasks[0]
-    found = {"accuracy": accuracy(counts.values()), "accuracy_by_class": {c: accuracy([n]) for c, n in counts.items()}}
+    found = {"accuracy": accuracy(counts, classes), "accuracy_by_class": {c: accuracy(counts, [c]) for c in classes}}
     if first[0] in classes:
-        found["accuracy_task1"] = accuracy(counts[c] for c in first)
+        found["accuracy_task1"] = accuracy(counts, first)
     if x_r:
-        found["accuracy_old_real"] = accuracy(counts[c] for c in job.learned)
-        found["accuracy_old_replayed"] = accuracy(count(job.ema, x_r, job.learned).values())
+        found["accuracy_old_real"] = accuracy(counts, job.learned)
+        found["accuracy_old_replayed"] = accuracy(count(job.ema, x_r, job.learned), job.learned)
     return found
 
 
@@ -303,10 +295,10 @@ def summary(correct, total):
 #
 # `job`, made in main, is all that they share. Its networks stay, their weights come and go.
 
-def snapshot(job):
+def snapshot(job, **more):
     """What each file of weights holds: of the model that learns its moving average, itself, the updates averaged."""
     return {"task": job.k, "model": job.ema.state_dict(), "raw": job.model.state_dict(), "count": job.count,
-            "memory": {}, "config": job.config}
+            "memory": {}, "config": vars(job.args), **more}
 
 
 def earlier(path):
@@ -314,26 +306,28 @@ def earlier(path):
     try:
         return run.load(path)
     except run.InputError as error:
-        raise run.InputError(f"{error}; delete {path.parent}/checkpoint*.pt, and the same command does this task "
-                             "again, or if need be the one before") from error
+        cure = f"delete {path.parent}/checkpoint*.pt, and the same command does this task again, or the one before"
+        raise run.InputError(f"{error}; {cure}") from error
 
 
-def pool(images, classes, device):
-    """A function of n: u8 (n, C, H, W), at random of the images {c: u8} of some classes, and their classes y (n,)."""
-    u8 = torch.cat([images[c] for c in classes]).to(device)
-    y = torch.cat([torch.full((len(images[c]),), c) for c in classes]).to(device)
-
-    def take(n):
-        i = torch.randint(len(y), (n,), device=device)
-        return u8[i], y[i]
-    return take
+def pick(images, n):
+    """n of the images (u8, y), at random."""
+    u8, y = images
+    i = torch.randint(len(y), (n,), device=y.device)
+    return u8[i], y[i]
 
 
-def make_batch(job, smallest, u8, *views):
-    """x_t, t, eps of the denoiser's view of images u8, and x_c for each (view, images), None where view is None."""
+def make_batch(job, smallest, u8, y, *views):
+    """x_t, t, eps of the denoiser's view of images u8, x_c for each (view, images), "strong", "weak" or None, and y.
+
+    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, each image with its own t from 0 .. T-1 and eps ~ N(0, I). With
+    torchrun each process draws the random numbers of the whole batch and returns its own share.
+    """
     x_0 = data.normalize(data.diffusion_view(u8, job.args.flip, smallest))
-    x_c = [view and run.share(data.normalize(view(some, job.args.flip))) for view, some in views]
-    return *diffuse(x_0, job.abar), *x_c
+    x_c = [view and data.normalize(getattr(data, f"{view}_view")(some, job.args.flip)) for view, some in views]
+    t = torch.randint(T, (len(x_0),), device=x_0.device)
+    eps = torch.randn_like(x_0)
+    return [x if x is None else run.share(x) for x in (q_sample(x_0, t, eps, job.abar), t, eps, *x_c, y)]
 
 
 def learn(job, stage, saved, losses, x_r=None):
@@ -345,14 +339,13 @@ def learn(job, stage, saved, losses, x_r=None):
     before, n = (0, job.n_local) if stage == "local" else (job.n_local, job.n_global)  # updates before the stage, in it
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.01, fused=job.device.type != "mps")
     log, start, every = torch.zeros(n, len(LOG), device=job.device), 0, max(1, min(50, n // 20))
-    if "optimizer" in job.state:  # the run was stopped inside this stage
+    if job.state.get("stage") == stage:  # the run was stopped inside it
         saved, start = job.state, job.state["update"] - before
         run.restore(optimizer, saved["optimizer"])
         log.copy_(saved["log"])
     model.load_state_dict(saved["raw"])
     job.ema.load_state_dict(saved["model"])
     job.count = saved["count"]
-    model.train()
     job.progress.begin(k, before + start)
     for u in range(start, n):
         reseed(args.seed, "noise", k, stage, u)
@@ -361,7 +354,7 @@ def learn(job, stage, saved, losses, x_r=None):
         optimizer.zero_grad()
         terms["loss"].backward()
         means = run.average(model, [terms.get(name, torch.zeros_like(terms["loss"])) for name in LOG[:-1]])
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         run.skip_if_broken(optimizer, norm)
         optimizer.step()
         job.count += 1
@@ -382,8 +375,8 @@ def learn(job, stage, saved, losses, x_r=None):
             job.progress.record(before + done, told, lambda: {
                 "stage": stage, **(measure(job, x_r) if evaluating else {})})
         if saving:
-            run.save_checkpoint(job.folder, {**snapshot(job), "update": before + done, "stage": stage, "log": log,
-                                             "optimizer": optimizer.state_dict()})
+            run.save_checkpoint(job.folder, snapshot(job, update=before + done, stage=stage, log=log,
+                                                     optimizer=optimizer.state_dict()))
 
 
 def learn_local(job, previous):
@@ -393,71 +386,64 @@ def learn_local(job, previous):
     Out: job's weights; where stage 2 follows, they and their accuracy are saved in local<k>.pt.
     """
     args, classes = job.args, job.seen if job.args.source == "all" else job.classes
-    draw_real, draw_labelled = (images and pool(images, classes, job.device) for images in (job.train, job.labelled))
+    real, labelled = (images and of_classes(images, classes) for images in (job.train, job.labelled))
 
     def losses(u):
-        if not draw_labelled:
-            u8, y = draw_real(args.batch_size)
-            batch = make_batch(job, args.crop[0], u8, (job.view, u8))
-            return joint_losses(args, job.model, *batch, run.share(y))
-        # DEVIATION: with 5 % of CIFAR-10's labels the released batch is half as big; with few labels its EMA has a
-        # decay of 0.999 throughout.
+        if not labelled:
+            u8, y = pick(real, args.batch_size)
+            return joint_losses(args, job.model, *make_batch(job, args.crop[0], u8, y, (args.classifier_view, u8)))
+        # DEVIATION: released runs with few labels have an EMA decay of 0.999, CIFAR-10's with 5 % a batch of 128.
         few = args.batch_size // 8
-        (u8_l, y_l), (u8, _) = draw_labelled(few), draw_real(args.batch_size - few)
-        x_t, t, eps, x_strong, x_l, x_weak = make_batch(
-            job, args.crop[0], u8, (data.strong_view, u8), (data.weak_view, u8_l), (data.weak_view, u8))
-        return semi_supervised_losses(args, job.model, x_t, t, eps, x_strong, x_weak, x_l, run.share(y_l))
+        (u8_l, y_l), (u8, _) = pick(labelled, few), pick(real, args.batch_size - few)
+        batch = make_batch(job, args.crop[0], u8, y_l, ("strong", u8), ("weak", u8_l), ("weak", u8))
+        return semi_supervised_losses(args, job.model, *batch)
 
     if job.k == 1 or args.local_init == "scratch":
         reseed(args.seed, "weights", job.k)
         scratch = build(args).state_dict()
-        begin = {"model": scratch, "raw": scratch, "count": 0}
-    else:
-        begin = previous
-    learn(job, "local", begin, losses)
+        previous = {"model": scratch, "raw": scratch, "count": 0}
+    learn(job, "local", previous, losses)
     if job.n_global:
-        run.save(job.folder / f"local{job.k}.pt", {**snapshot(job), "accuracy": measure(job)["accuracy"]})
+        run.save(job.folder / f"local{job.k}.pt", snapshot(job, accuracy=measure(job)["accuracy"]))
 
 
 def draw(job, side, classes, saved, labeller):
-    """--replay-per-class images of each class, {c: uint8 (quota, C, H, W)}, and numbers about them.
+    """--replay-per-class images of each class, u8 (N, C, H, W) class by class, and numbers about them.
 
     The moving average in `saved` draws until every class has its quota or the cap is reached; `labeller` says what an
-    8-bit image shows. Surplus is thrown away, varied copies fill up a class that is short. `side` is "old" or "new".
+    8-bit image shows. Surplus is left out, varied copies fill up a class that is short. `side` is "old" or "new".
     """
     # DEVIATION: the released code stops at abar_0, with 3 % of noise left, and labels floats before clamping them.
     args, batch, quota = job.args, 8 * job.args.batch_size, job.args.replay_per_class
-    kept = job.state["kept"].setdefault(side, {  # or what a checkpoint had of it
-        "found": torch.zeros(len(args.class_names), dtype=torch.int64),
-        "images": {c: torch.empty(0, *job.shape, dtype=torch.uint8) for c in classes}})
+    none = torch.empty(0, *job.shape, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
+    u8, y = job.state["drawn"].get(side, none)  # what a checkpoint had of it
     job.ema.load_state_dict(saved["model"])
     cap = math.ceil(args.replay_cap * quota * len(classes))
-    for drawn in tqdm(range(int(kept["found"].sum()), cap, batch), desc=f"task {job.k}, {side} classes, at most",
-                      unit="batch", leave=False, disable=True if run.rank else None):
-        if all(len(images) == quota for images in kept["images"].values()):
+    for n in tqdm(range(len(y), cap, batch), f"task {job.k}: {side} images", leave=False, disable=run.rank > 0 or None):
+        if all((y == c).sum() >= quota for c in classes):
             break
-        reseed(args.seed, "replay", job.k, side, drawn)
+        reseed(args.seed, "replay", job.k, side, n)
         x_T = torch.randn(batch, *job.shape, device=job.device)
-        with job.autocast, torch.no_grad():
+        with job.autocast:
             x = sample(job.ema, run.share(x_T), job.abar, args.replay_steps, clip=args.clip)
-            u8 = data.quantize(run.gather(x, batch))
-            y = labeller.classify(data.normalize(u8)).argmax(1)
-        kept["found"] += torch.bincount(y.cpu(), minlength=len(args.class_names))
-        kept["images"] = {c: torch.cat([images, u8[y == c].cpu()])[:quota] for c, images in kept["images"].items()}
-        if run.save_due(args.save_every, drawn // batch + 1):
+            more = data.quantize(run.gather(x, batch))
+            labels = labeller.classify(data.normalize(more)).argmax(1)
+        u8, y = torch.cat([u8, more.cpu()]), torch.cat([y, labels.cpu()])
+        job.state["drawn"][side] = u8, y
+        if run.save_due(args.save_every, n // batch + 1):
             run.save_checkpoint(job.folder, job.state)
 
-    found, full, copies = kept["found"].tolist(), {}, []
-    for c, images in kept["images"].items():
-        if not len(images):
-            raise run.InputError(f"task {job.k}: none of {sum(found)} images drawn for the {side} classes looks like "
-                                 f"class {c} to the model: with --restart, train longer (--local-iterations, "
-                                 "--global-iterations) or draw more (--replay-cap)")
-        copies.append(quota - len(images))
+    images, found = [], torch.bincount(y, minlength=len(args.class_names)).tolist()
+    for c in classes:
+        if not found[c]:
+            raise run.InputError(f"task {job.k}: none of {len(y)} {side} images looks like class {c} to the model: try "
+                                 "--restart and more --local-iterations, --global-iterations or --replay-cap")
+        own = u8[y == c][:quota]
         reseed(args.seed, "copies", job.k, c)
-        more = images[torch.randint(len(images), (copies[-1],))]
-        full[c] = torch.cat([images, data.diffusion_view(more, args.flip, 0.9 if side == "old" else 0.85)])
-    return full, {"drawn": sum(found), "found": found, "copies": copies}
+        copies = own[torch.randint(len(own), (quota - len(own),))]
+        images += [own, data.diffusion_view(copies, args.flip, 0.9 if side == "old" else 0.85)]
+    copies = [max(0, quota - found[c]) for c in classes]
+    return torch.cat(images), {"drawn": len(y), "found": found, "copies": copies}
 
 
 def draw_and_label(job, previous, local):
@@ -466,28 +452,26 @@ def draw_and_label(job, previous, local):
     In:  previous and local, the contents of task<k-1>.pt and local<k>.pt (None in one stage); job.old, job.new.
     Out: replay<k>.pt, {"images" (N, C, H, W) uint8, old classes first, "labels" (N,), "about"}, and a picture.
     """
-    about = {}
-    if "kept" not in job.state:  # else the run was stopped while it drew
-        job.state = {"task": job.k, "update": job.n_local, "stage": "replay", "kept": {}}
-        run.save_checkpoint(job.folder, job.state)
-    x_r, about["old"] = draw(job, "old", job.learned, previous, job.old)
+    job.state = {"task": job.k, "update": job.n_local, "stage": "replay", "drawn": job.state.get("drawn", {})}
+    run.save_checkpoint(job.folder, job.state)
+    about, classes, quota = {}, job.seen if local else job.learned, job.args.replay_per_class
+    u8, about["old"] = draw(job, "old", job.learned, previous, job.old)
     # The largest logits of real and of replayed images, in the same 40 bins, as in the paper's Figure 4. They are of
     # the old global model, with which `draw` has just drawn.
-    largest = {name: classify(job.ema, torch.cat([images[c] for c in job.learned]).to(job.device)).amax(1)
-               for name, images in (("real", job.test), ("replayed", x_r))}
-    edges = np.histogram_bin_edges(torch.cat([*largest.values()]), 40)
-    about["logits"] = {"edges": edges.tolist()} | {
-        name: dict(counts=np.histogram(x, edges)[0].tolist(), mean=float(x.mean()), sd=float(x.std()))
-        for name, x in largest.items()}
+    real, _ = of_classes(job.test, job.learned)
+    largest = [classify(job.ema, images.to(job.device)).amax(1) for images in (real, u8)]
+    edges = np.histogram_bin_edges(torch.cat(largest), 40)
+    about["logits"] = {"edges": edges.tolist()}
+    for name, x in zip(("real", "replayed"), largest):
+        sd = float(x.std(correction=min(1, len(x) - 1)))  # 0 of a single image
+        about["logits"][name] = dict(counts=np.histogram(x, edges)[0].tolist(), mean=float(x.mean()), sd=sd)
     if local:
-        more, about["new"] = draw(job, "new", job.classes, local, job.new)
-        x_r |= more
-    labels = torch.tensor([*x_r]).repeat_interleave(job.args.replay_per_class)
-    run.save(job.folder / f"replay{job.k}.pt", {"images": torch.cat([*x_r.values()]), "labels": labels, "about": about})
-    rows = [images[:10] for images in x_r.values()][-20:]
+        new, about["new"] = draw(job, "new", job.classes, local, job.new)
+        u8 = torch.cat([u8, new])
+    y = torch.tensor(classes).repeat_interleave(quota)
+    run.save(job.folder / f"replay{job.k}.pt", {"images": u8, "labels": y, "about": about})
+    rows = [images[:10] for images in u8.split(quota)[-20:]]
     run.save_picture(job.folder / "samples" / f"replay{job.k}.png", torch.cat(rows), columns=len(rows[0]))
-    job.state = {"task": job.k, "update": job.n_local, "stage": "global"}
-    run.save_checkpoint(job.folder, job.state)
 
 
 def learn_global(job, previous, replay):
@@ -496,32 +480,30 @@ def learn_global(job, previous, replay):
     In:  previous, the content of task<k-1>.pt, where it begins; replay, that of replay<k>.pt; job.old, job.new.
     Out: job's weights.
     """
-    args, learned = job.args, job.learned
-    x_r = {c: replay["images"][replay["labels"] == c].to(job.device) for c in job.seen}
-    old_images = pool(x_r, learned, job.device)
-    new_images = pool(job.train if args.one_stage else x_r, job.classes, job.device)
-    # DEVIATION: the released batches are drawn at random from old and new together; at a fixed ratio the teachers'
-    # batches keep their shapes.
-    n_old = round(args.batch_size * len(learned) / len(job.seen))
+    args, x_r = job.args, [replay[name].to(job.device) for name in ("images", "labels")]
+    old, new = of_classes(x_r, job.learned), of_classes(job.train if args.one_stage else x_r, job.classes)
+    # DEVIATION: released batches mix old and new images at random; at a fixed ratio the teachers' keep their shapes.
+    n_old = round(args.batch_size * len(job.learned) / len(job.seen))
     n = sum(i < n_old for i in run.share(range(args.batch_size)))  # old ones in this process's share: they come first
 
     def losses(u):
         # DEVIATION: the released code counts validation batches too, and begins after 8,636 updates.
         on = args.one_stage or u >= args.classifier_start
-        u8, y = map(torch.cat, zip(old_images(n_old), new_images(args.batch_size - n_old)))
-        batch = *make_batch(job, args.crop[1], u8, (job.view if on else None, u8)), run.share(y)
+        u8, y = map(torch.cat, zip(pick(old, n_old), pick(new, args.batch_size - n_old)))
+        batch = make_batch(job, args.crop[1], u8, y, (args.classifier_view if on else None, u8))
         if args.no_kd:
             return joint_losses(args, job.model, *batch)
         if args.one_stage:
             return one_stage_losses(args, job.model, job.old, n, *batch)
         return distillation_losses(args, job.model, job.old, job.new, n, n_old / args.batch_size, *batch)
 
-    # The last layer's rows of classes not seen so far begin anew: so far they have only learned not to be chosen. This
-    # changes `previous` in place, of which the teacher has its own copy.
+    # The last layer's rows of unseen classes begin anew: so far they have only learned not to be chosen. This changes
+    # `previous` in place, of which the teacher has its own copy.
     # DEVIATION: all released settings ask for this, but in the released code it no longer happens.
-    last, unseen = f"head.{len(job.model.head) - 1}.weight", [c not in learned for c in range(len(args.class_names))]
+    last = f"head.{len(job.model.head) - 1}.weight"
+    unseen = [c not in job.learned for c in range(len(args.class_names))]
     reseed(args.seed, "head", job.k)
-    rows = nn.init.xavier_uniform_(torch.empty(job.model.head[-1].weight.shape))[unseen]
+    rows = nn.init.xavier_uniform_(torch.empty(previous["raw"][last].shape))[unseen]
     for weights in previous["raw"], previous["model"]:
         weights[last][unseen] = rows
     learn(job, "global", previous, losses, x_r)
@@ -532,7 +514,7 @@ def finish_task(job, previous, local, replay):
     args, k, counts = job.args, job.k, count(job.ema, job.test, job.seen)
     correct, total = ([sum(counts[c][i] for c in classes) for classes in args.class_tasks[:k]] for i in (0, 1))
     history = previous["history"] + [{
-        "task": k, "correct": correct, "total": total, "by_class": {str(c): accuracy([counts[c]]) for c in job.seen},
+        "task": k, "correct": correct, "total": total, "by_class": {str(c): accuracy(counts, [c]) for c in job.seen},
         "local": local and local["accuracy"], "replay": replay and replay["about"]}]
     result = summary([h["correct"] for h in history], total)
     whole, head = (sum(p.numel() for p in net.parameters()) for net in (job.model, job.model.head))
@@ -543,9 +525,9 @@ def finish_task(job, previous, local, replay):
     with job.autocast, run.eager(args.compile):
         x = sample(job.ema, x_T, job.abar, args.sample_steps, clip=args.clip)
     run.save_picture(job.folder / "samples" / f"task{k}.png", data.quantize(x), columns=8)
-    run.save(job.folder / f"task{k}.pt", {**snapshot(job), "history": history})
-    print(f"task {k}: average accuracy {result['average_accuracy']:.4f}, of each task "
-          f"{' '.join(f'{a:.4f}' for a in result['matrix'][-1])}", flush=True)
+    run.save(job.folder / f"task{k}.pt", snapshot(job, history=history))
+    of_each = ", ".join(f"{a:.4f}" for a in result["matrix"][-1])
+    print(f"task {k}: average accuracy {result['average_accuracy']:.4f}, of each task {of_each}", flush=True)
     job.state = {}
 
 
@@ -555,13 +537,15 @@ def main(argv=None):
     args = get_args(argv)
     device, autocast = run.start(args)
 
-    # Data: uint8 images of each class, {c: (n, C, H, W)}.
-    splits = (data.load_images(args.dataset, split, args.data_dir, args.image_size) for split in ("train", "test"))
-    train, test = ({c: u8[y == c] for c in sum(args.class_tasks, [])} for u8, y in splits)
+    # Data: images u8 (N, C, H, W) and their classes y (N,), on the device.
+    train, test = ([x.to(device) for x in data.load_images(args.dataset, split, args.data_dir, args.image_size)]
+                   for split in ("train", "test"))
     labelled = None  # for FixMatch, the same share of every class
     if args.labels:
         reseed(args.seed, "labels")
-        labelled = {c: u8[torch.randperm(len(u8))[:max(1, round(args.labels * len(u8)))]] for c, u8 in train.items()}
+        by_class = data.indices(train[1], [[c] for c in sum(args.class_tasks, [])])
+        i = torch.cat([i[torch.randperm(len(i))[:max(1, round(args.labels * len(i)))]] for i in by_class])
+        labelled = [x[i] for x in train]
     if args.labelled_only:
         train, labelled = labelled, None
 
@@ -570,22 +554,19 @@ def main(argv=None):
     ema, old, new = (copy.deepcopy(model).eval().requires_grad_(False) for _ in range(3))
     held = 2 if args.source != "generated" else 3 if args.one_stage else 4  # of these four the method needs so many
     stages = count_updates(args, vars(args))
-    config = dict(vars(args), updates=[sum(n) for n in stages],
-                  preset_updates=[sum(n) for n in count_updates(args, args.preset)],
-                  parameters=held * sum(p.numel() for p in model.parameters()))
-    folder = run.open_folder(config)
+    args.updates, args.preset_updates = ([sum(n) for n in of] for of in (stages, count_updates(args, args.preset)))
+    args.parameters = held * sum(p.numel() for p in model.parameters())
+    folder = run.open_folder(vars(args))
     if args.compile:
         for net in model, ema, old, new:
             net.compile(dynamic=False)
-            if net is not ema:  # it is tested on each class, and these may have different numbers of images
+            if net is not ema:  # which classifies the test images, in batches of many sizes
                 net.classify = torch.compile(net.classify, dynamic=False)
     state = run.latest(folder, args.tasks) or {"task": 1, "update": 0}
     job = SimpleNamespace(
-        args=args, config=config, device=device, autocast=autocast, abar=alpha_bar(args.schedule).to(device),
-        folder=folder, state=state, progress=run.Progress(folder, state, config["updates"], device),
-        train=train, labelled=labelled, test={c: u8.to(device) for c, u8 in test.items()},
-        view={"strong": data.strong_view, "weak": data.weak_view}[args.classifier_view],
-        shape=(model.in_channels, args.image_size, args.image_size),
+        args=args, device=device, autocast=autocast, abar=alpha_bar(args.schedule).to(device), folder=folder,
+        state=state, progress=run.Progress(folder, state, args.updates, device),
+        train=train, labelled=labelled, test=test, shape=train[0].shape[1:],
         model=model, ema=ema, count=0,  # the model that learns; its average over so many updates, also to draw with
         old=old, new=new)               # the teachers of old and of new classes in stage 2
 
@@ -600,20 +581,16 @@ def main(argv=None):
             learn_local(job, previous)
         if job.n_global:
             local = earlier(folder / f"local{k}.pt") if job.n_local else None
-            # DEVIATION: the released code draws with EMA weights, but labels and distils with raw ones and dropout on,
-            # as --teacher raw does.
-            raw = args.teacher == "raw"
+            # DEVIATION: the released code labels and distils with raw weights and dropout on, as --teacher raw.
             for teacher, saved in (old, previous), (new, local):
                 if saved:
-                    teacher.load_state_dict(saved["raw" if raw else "model"])
-                    teacher.train(raw)
+                    teacher.load_state_dict(saved["raw" if args.teacher == "raw" else "model"])
+                    teacher.train(args.teacher == "raw")
             if stage != "global":
                 draw_and_label(job, previous, local)
             replay = earlier(folder / f"replay{k}.pt")
             learn_global(job, previous, replay)
         finish_task(job, previous, local, replay)
-        if k < args.tasks:
-            run.exit_if_stopped(f"task {k}")
     run.finish(folder)
 
 

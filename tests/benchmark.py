@@ -152,8 +152,7 @@ def script(job):
         return torch.randint(256, (len(y), data.info(dataset).channels, side, side), dtype=torch.uint8), y
 
     def draw(job, side, classes, saved, labeller):
-        shape = job.args.replay_per_class, *job.shape
-        return {c: torch.randint(256, shape, dtype=torch.uint8) for c in classes}, {}
+        return torch.randint(256, (len(classes) * job.args.replay_per_class, *job.shape), dtype=torch.uint8), {}
 
     data.load_images, train_jdcl.draw = load_images, draw
     if not job.get("graph", True):

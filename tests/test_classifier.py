@@ -371,19 +371,23 @@ def test_bad_runs(main, tmp_path, fake):
     config = json.loads((folder / "config.json").read_text())
     for bad, sentence in (*((text, "config.json is damaged") for text in ("{", "[]", "{}")),
                           (json.dumps(dict(config, unet="mine")), "add what is new to NETS"),
-                          (json.dumps(dict(config, scale="mine")), "REPLAYING of train_classifier.py")):
+                          (json.dumps(dict(config, scale="mine")), "PRESETS of train_classifier.py")):
         (folder / "config.json").write_text(bad)
         refused(main, sentence, "run", *QUICK)
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "task1.pt"]
 
-    fake("empty", class_tasks=[[0, 1], []])
-    refused(main, "task 2, classes [], has no training or no test images", "empty", *QUICK)
+    fake("tiny", image_size=8)
+    refused(main, "images of 10x10 pixels or more, these have 8", "tiny", *QUICK)
+    fake("grey", unet="laptop-rgb")
+    refused(main, "--unet laptop-rgb takes images of 3 channels, these have 1", "grey", *QUICK)
     (fake("blocked") / "classifier.json").mkdir()
     refused(main, "classifier.json", "blocked", *QUICK)
     fake("nan", broken=1)
     refused(main, "task1.pt holds weights that are not finite", "nan", *QUICK)
-    (fake("damaged") / "classifier.json").write_text("{")
-    refused(main, "is damaged", "damaged", *QUICK)
+    fake("damaged")
+    for text in "{", '{"protocol": [], "accuracy": []}':
+        (tmp_path / "damaged/classifier.json").write_text(text)
+        refused(main, "is damaged", "damaged", *QUICK)
 
 
 @pytest.mark.parametrize("name", ["eval_fid.py", "train_classifier.py"])

@@ -316,7 +316,7 @@ def test_fixmatch_by_hand():
     x_weak = torch.stack([torch.tensor([0.0, 0, 9, 0]), above, below, torch.zeros(4), torch.tensor([1.0, 0, 0, 2])])
     ((x_t, t, eps, x_strong, _), time), model = batch(5), Stub(0.9)
     x_weak, x_l, y_l = x_weak.view(5, 1, 2, 2).requires_grad_(), 2 * torch.randn(3, 1, 2, 2), torch.tensor([3, 0, 1])
-    terms = train_jdcl.semi_supervised_losses(settings(), model, x_t, t, eps, x_strong, x_weak, x_l, y_l)
+    terms = train_jdcl.semi_supervised_losses(settings(), model, x_t, t, eps, x_strong, x_l, x_weak, y_l)
     c = torch.ones((), requires_grad=True)
     unlabelled = CE(c * x_strong[:2].flatten(1), torch.tensor([2, 0])).sum() / 5
     labelled, denoise = CE(c * x_l.flatten(1), y_l).mean(), (0.9 * x_t + time - eps).square().mean()
@@ -345,7 +345,7 @@ def test_the_mean_over_processes_is_the_loss_of_one(monkeypatch, world):
             functools.partial(distil, "sample"), functools.partial(distil, "group"),
             lambda model, n, *some: train_jdcl.one_stage_losses(settings(), model, old, n, *some),
             lambda model, n, x_t, t, eps, x_c, y: train_jdcl.semi_supervised_losses(
-                settings(), model, x_t, t, eps, x_t, x_c, *map(run.share, (whole[3][:5], whole[4][:5])))):
+                settings(), model, x_t, t, eps, x_t, run.share(whole[3][:5]), x_c, run.share(whole[4][:5]))):
         one, shares = found(losses), []
         for rank in range(world):
             monkeypatch.setattr(run, "rank", rank)
@@ -383,17 +383,17 @@ PARITY = SimpleNamespace(classify=lambda x: F.one_hot(((x[:, 0, 0, 0] + 1) * 127
 FOUR = SimpleNamespace(classify=lambda x: F.one_hot(torch.full((len(x),), 4), 5).float())
 
 
-def draw(tmp_path, classes=(3, 1), kept=None, side="old", labeller=PARITY, **more):
-    """What `draw` returns, of images 4x4 in batches of 16; `kept` is what a checkpoint had of them."""
+def draw(tmp_path, classes=(3, 1), drawn=None, side="old", labeller=PARITY, **more):
+    """What `draw` returns, of images 4x4 in batches of 16; `drawn` is what a checkpoint had of them."""
     args = dict(batch_size=2, replay_per_class=5, replay_cap=1000.0, seed=3, replay_steps=1, clip=True, flip=False,
                 save_every=("updates", 1e9), class_names=[*"abcde"])
     job = SimpleNamespace(args=SimpleNamespace(**args | more), k=2, shape=(1, 4, 4), ema=Figures(), abar=ABAR,
                           device="cpu", autocast=torch.autocast("cpu", enabled=False), folder=tmp_path,
-                          state={"task": 2, "update": 0, "kept": {side: kept} if kept else {}})
+                          state={"task": 2, "update": 0, "drawn": {side: drawn} if drawn else {}})
     return train_jdcl.draw(job, side, [*classes], {"model": {}}, labeller)
 
 
-def test_draw_fills_each_quota_in_order_and_throws_the_rest_away(tmp_path):
+def test_draw_fills_each_quota_in_order_and_leaves_the_rest_out(tmp_path):
     """By hand: batches of 8 times a training batch, each with its own noise; first come, first kept, class by class."""
     (full, about), wanted, found, n = draw(tmp_path, replay_per_class=6), {3: [], 1: []}, [0] * 5, 0
     while any(len(images) < 6 for images in wanted.values()):
@@ -405,28 +405,28 @@ def test_draw_fills_each_quota_in_order_and_throws_the_rest_away(tmp_path):
                 wanted[c].append(image)
         n += 16
     assert about == {"drawn": n, "found": found, "copies": [0, 0]} and sum(found) == n > 16
-    assert found[3] > 6 or found[1] > 6, "there was a surplus to throw away"
-    assert list(full) == [3, 1] and all(torch.equal(full[c], torch.stack(images)) for c, images in wanted.items())
+    assert found[3] > 6 or found[1] > 6, "there was a surplus to leave out"
+    assert torch.equal(full, torch.stack(wanted[3] + wanted[1]))
 
 
 @pytest.mark.parametrize("side, smallest", [("old", 0.9), ("new", 0.85)])
-@pytest.mark.parametrize("quota, classes, drawn", [(5, (3, 0), 32), (4, (3, 0), 16), (4, (0,), 16)])
-def test_the_cap_ends_a_draw_and_varied_copies_fill_up(tmp_path, quota, classes, drawn, side, smallest):
-    """At 2 x 5 x 2 = 20 images or more, here two batches of 16; exactly at it where 16 are allowed."""
-    images = {c: torch.arange(100 * c, 100 * c + 32, dtype=torch.uint8).view(2, 1, 4, 4) for c in (0, 1)}
-    images = dict(zip(classes, images.values()))  # two of each, and the draw finds no other
-    kept = {"found": torch.zeros(5, dtype=torch.int64), "images": dict(images)}
-    full, about = draw(tmp_path, classes, kept, side, FOUR, replay_per_class=quota, replay_cap=2.0, flip=True)
-    assert about == {"drawn": drawn, "found": [0, 0, 0, 0, drawn], "copies": [quota - 2] * len(classes)}
-    for c in classes:
+@pytest.mark.parametrize("quota, classes, n", [(5, (3, 0), 32), (4, (3, 0), 16), (4, (0,), 16)])
+def test_the_cap_ends_a_draw_and_varied_copies_fill_up(tmp_path, quota, classes, n, side, smallest):
+    """At 2 x 5 x 2 = 20 images or more; exactly at it where 16 are allowed. A checkpoint had 16 images, two of each
+    class among them, and the draw finds no other."""
+    images = torch.arange(256).to(torch.uint8).view(16, 1, 4, 4)
+    y = torch.tensor([*classes, *classes] + [4] * (16 - 2 * len(classes)))
+    full, about = draw(tmp_path, classes, (images, y), side, FOUR, replay_per_class=quota, replay_cap=2.0, flip=True)
+    found = [2 * (c in classes) for c in range(4)] + [n - 2 * len(classes)]
+    assert about == {"drawn": n, "found": found, "copies": [quota - 2] * len(classes)}
+    for c, some in zip(classes, full.split(quota), strict=True):
         reseed(3, "copies", 2, c)
-        more = data.diffusion_view(images[c][torch.randint(2, (quota - 2,))], True, smallest)
-        assert torch.equal(full[c], torch.cat([images[c], more]))
+        more = data.diffusion_view(images[y == c][torch.randint(2, (quota - 2,))], True, smallest)
+        assert torch.equal(some, torch.cat([images[y == c], more]))
 
 
 def test_a_class_that_never_appears_is_named(tmp_path):
-    with pytest.raises(run.InputError, match="none of 32 images drawn for the new classes looks like class 1 .*"
-                                             "--local-iterations.*--replay-cap"):
+    with pytest.raises(run.InputError, match="none of 32 new images looks like class 1 .*--local-iter.*--replay-cap"):
         draw(tmp_path, [4, 1], side="new", labeller=FOUR, replay_cap=2.0)
 
 
@@ -491,6 +491,12 @@ def test_accuracies_and_logits_are_those_of_the_saved_model(finished):
     for side in ("old", "new"):
         told = replay["about"][side]
         assert told["drawn"] == sum(told["found"]) == 3 * 72 and told["copies"] == [0]
+
+
+def test_one_replayed_image_of_a_class_is_enough(tmp_path):
+    """Its logits have no standard deviation, and accuracy.json no place for NaN."""
+    folder = learn(tmp_path / "run", "--replay-per-class", "1")
+    assert read(folder, "accuracy.json")["tasks"][1]["replay"]["logits"]["replayed"]["sd"] == 0
 
 
 def test_records_tell_the_stages_and_what_their_losses_are(finished):
@@ -597,16 +603,16 @@ def test_the_labelled_images_are_a_balanced_and_fixed_share(tmp_path, only):
     def pools(name, seed):
         found = []
         learn(tmp_path / name, "--replay", "none", "--class-order", "0,5", "--labels", "0.1", "--seed", seed, *only,
-              pool=lambda images, classes, device: found.append(images))
-        return found
+              of_classes=lambda images, classes: found.append(images))
+        return found[:2 - len(only)]  # later ones are of the test images
 
     (*real, labelled), again, other = pools("a", "1"), pools("b", "1")[-1], pools("c", "2")[-1]
-    assert same(labelled, again) and not same(labelled, other) and len(real) == 1 - len(only)
+    assert all(map(torch.equal, labelled, again)) and not torch.equal(labelled[0], other[0])
     train, y = few_shapes("shapes", "train", "data", 16)
     for c in (0, 5):
-        few, all_there_are = ({tuple(image.flatten().tolist()) for image in u8} for u8 in (labelled[c], train[y == c]))
-        assert len(labelled[c]) == len(few) == 6 and few < all_there_are and len(all_there_are) == 60
-        assert all(torch.equal(images[c], train[y == c]) for images in real)
+        few, there = ({tuple(image.flatten().tolist()) for image in u8[of == c]} for u8, of in (labelled, (train, y)))
+        assert (labelled[1] == c).sum() == len(few) == 6 and few < there and len(there) == 60
+    assert all(torch.equal(u8, train) for u8, _ in real)
 
 
 @pytest.mark.parametrize("view, labels, names, tally", [
@@ -670,8 +676,8 @@ OFTEN, NEVER = ["--save-every", "2"], ["--save-every", "1000000"]
 @pytest.mark.parametrize("flags, save_every, name, call, how, update, samples", [
     ([], OFTEN, "sample", 1 + 3, signal.SIGKILL, 6, 1 + 3 + 1),  # the third batch of old images, of three; a picture
     ([], NEVER, "sample", 1 + 3 + 2, signal.SIGTERM, 6, 1 + 1),  # the second batch of new images
-    ([], NEVER, "distillation_losses", 4, signal.SIGKILL, 6, 1),  # back to the start of stage 2
-    (["--one-stage"], NEVER, "one_stage_losses", 4, signal.SIGKILL, 0, 1),
+    ([], NEVER, "distillation_losses", 4, signal.SIGKILL, 6, 3 + 3 + 1),  # back to before the replay
+    (["--one-stage"], NEVER, "one_stage_losses", 4, signal.SIGKILL, 0, 3 + 1),
     (["--separate", "--teacher", "raw"], OFTEN, "distillation_losses", 4, signal.SIGKILL, 6 + 2, 1),
 ], ids=["old", "new", "start", "one-stage", "separate"])
 def test_a_run_stopped_inside_task_2_ends_bitwise_as_an_unbroken_one(finished, tmp_path, capsys, flags, save_every,
@@ -770,7 +776,8 @@ def test_the_papers_networks_learn_at_full_size(name, classes, side, n):
     model = UNet(**NETS[name], classes=classes)
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    batch = *train_jdcl.diffuse(torch.randn(n, 3, side, side), ABAR), torch.randn(n, 3, side, side), torch.arange(n)
+    x_t, eps, x_c = torch.randn(3, n, 3, side, side)
+    batch = x_t, torch.randint(T, (n,)), eps, x_c, torch.arange(n)
     for losses in (lambda: train_jdcl.joint_losses(args, model, *batch),
                    lambda: train_jdcl.distillation_losses(args, model, teacher, teacher, 1, 1 / n, *batch)):
         terms, before = losses(), model.conv_in.weight.clone()
