@@ -612,8 +612,6 @@ def main(argv=None):
             replay = earlier(folder / f"replay{k}.pt")
             learn_global(job, previous, replay)
         finish_task(job, previous, local, replay)
-        if k < args.tasks:
-            run.exit_if_stopped(f"task {k}")
     run.finish(folder)
 
 
