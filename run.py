@@ -95,7 +95,7 @@ def add_arguments(parser, scales):
     add = parser.add_argument
     add("--scale", default="paper", choices=scales,
         help="paper: the paper's run; small: the same at 16x16; laptop: a quick look at 16x16")
-    add("--tasks", type=positive(int), help="number of tasks (paper: 5); of a stated --class-order its first")
+    add("--tasks", type=positive(int), help="number of tasks (paper: 5), the first ones of a stated --class-order")
     add("--class-order", help="random (by the seed), natural, or '0,1|2,7' states the classes of each task")
     add("--seed", type=whole, default=42, help="of weights, class order and noise (paper: 42, 69, 1714)")
     add("--image-size", type=positive(int, 4096), help="side to which images are brought (paper: 32, ImageNet-100 64)")
@@ -181,7 +181,7 @@ def describe(args, parser, info, preset, departs):
     args.name = run_name(args.base, departs, args.scale)
 
 
-# ------------------------------------------------------------------------------------------- device and speed
+# ----------------------------------------------------------------------------------- device, speed, processes
 
 def pick_device(name):
     """The torch.device called auto, cpu, mps, cuda or cuda:<i>; auto is CUDA where there is one, else mps, else cpu."""
@@ -275,8 +275,6 @@ class CUDAGraph:
         return self.output
 
 
-# -------------------------------------------------------------------------------------------------- processes
-
 def share(x):
     """This process's rows of a batch (B, ...): rank, rank + world, ...; all rows if they do not divide evenly.
 
@@ -327,9 +325,7 @@ def open_folder(config):
     """
     machine = dict(torch=torch.__version__, processes=world, threads=torch.get_num_threads(),
                    processor=torch.backends.cpu.get_cpu_capability())
-    git = ["git", "-C", Path(__file__).parent, *"describe --always --dirty --exclude=* --abbrev=40".split()]
-    commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    about = dict(format=2, command=shlex.join(["python", *sys.argv]), commit=commit or None)  # None outside git
+    about = dict(format=2, command=shlex.join(["python", *sys.argv]), commit=commit())
     config = json.loads(json.dumps({**config, **about, **machine}))
     folder = Path(config["out"] or Path("runs", config["dataset_name"], config["name"], f"seed{config['seed']}"))
 
@@ -365,6 +361,12 @@ def open_folder(config):
     tasks = " | ".join(", ".join(config["class_names"][c] for c in task) for task in config["class_tasks"])
     print(f"{config['name']}: tasks {tasks}; updates {config['updates']}; into {folder}")
     return folder
+
+
+def commit():
+    """The commit of the code, with -dirty if a file in git differs from it; None outside a repository."""
+    git = ["git", "-C", Path(__file__).parent, *"describe --always --dirty --exclude=* --abbrev=40".split()]
+    return shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
 
 
 def compare(folder, config, machine):
