@@ -248,7 +248,7 @@ def main(argv=None):
             optimizer.step()
             return torch.cat([means, norm[None]])
 
-        learn = run.CUDAGraph(learn) if graphs else learn
+        learn = run.CUDAGraph(learn, args.batch_size) if graphs else learn
         progress.begin(k, state["update"])
         for u, *batch in batches(args, prev, abar, autocast, index, shape, k, state["update"], end):
             reseed(args.seed, "noise", k, u)
@@ -279,8 +279,6 @@ def main(argv=None):
             memory["buffer"] = keep(args, memory.get("buffer", []), images[index], k)
         run.save(folder / f"task{k}.pt", {"task": k, "model": model.state_dict(), "memory": memory, "config": config})
         state = {"update": 0}  # the next task begins there, without a saved prev
-        if k < args.tasks:
-            run.exit_if_stopped(f"task {k}")
     run.finish(folder)
 
 

@@ -156,7 +156,7 @@ def script(job):
 
     data.load_images, train_jdcl.draw = load_images, draw
     if not job.get("graph", True):
-        run.CUDAGraph = lambda update: update
+        run.CUDAGraph = lambda update, rows: update
     if job.get("mode"):
         torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, mode=job["mode"])
     if job.get("channels_last"):

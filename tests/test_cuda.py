@@ -395,7 +395,7 @@ def test_gradients_of_the_papers_nets_compiled_in_bf16(net, images):
 def run_twice(folder, device, script, *more):
     """How far the weights after task 2 are apart, of their way in it, with and without a recorded update."""
     torch.nn.Module.compile, graph, tasks = lambda net, **more: None, run.CUDAGraph, {}
-    for out, step in ("recorded", graph), ("plain", lambda update: update):
+    for out, step in ("recorded", graph), ("plain", lambda update, rows: update):
         run.CUDAGraph = step
         importlib.import_module(script).main([
             *"--dataset shapes --scale laptop --batch-size 960 --iterations 12 --tasks 2 --sample-steps 1".split(),

@@ -77,6 +77,28 @@ def ended(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+class Disk:
+    """A file that is written by write(file, content)."""
+
+    def __init__(self, file, write):
+        self.file, self.write = file, functools.partial(write, file)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+
+def writes_by(write):
+    """In this process let run.py write whole files by write(file, content)."""
+    run.open = lambda path, mode="r", **more: (
+        Disk(open(path, mode), write) if mode == "wb" else open(path, mode, **more))
+
+
 def at_events(happen):
     """In this process call happen(name) at every event."""
     def around(function, name):
@@ -88,20 +110,13 @@ def at_events(happen):
             return result
         return wrapped
 
-    def write_in_halves(path, write):
-        def halves(file):
-            with open(f"{path}.whole", "w+b") as whole:
-                write(whole)
-                whole.seek(0)
-                content = whole.read()
-            os.unlink(f"{path}.whole")
-            file.write(content[:len(content) // 2])
-            file.flush()
-            happen("inside a save")
-            file.write(content[len(content) // 2:])
-        replace(path, halves)
+    def in_halves(file, content):
+        file.write(content[:len(content) // 2])
+        file.flush()
+        happen("inside a save")
+        file.write(content[len(content) // 2:])
 
-    replace, run.replace = run.replace, write_in_halves
+    writes_by(in_halves)
     os.replace = around(os.replace, "a rename")
     torch.optim.Adam.step = around(torch.optim.Adam.step, "a step")
     ddim.predict = around(ddim.predict, "sampling")
@@ -266,25 +281,11 @@ def test_a_damaged_part_of_a_jdcl_run_is_named_with_its_cure(unbroken, tmp_path,
 
 # ---------------------------------------------------------------------------------------- disk, numbers and memory
 
-class FullDisk:
-    """A file on a disk with no room left: what is written beyond 1,000 bytes fails."""
-
-    def __init__(self, path, mode):
-        self.file = open(path, mode)
-
-    def write(self, content):
-        if self.file.tell() > 1000:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return self.file.write(content)
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.file.close()
+def full_disk(file, content):
+    """There is room for 1,000 bytes."""
+    file.write(content[:1000])
+    if len(content) > 1000:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize("trouble, sentence", [
@@ -301,8 +302,7 @@ def test_trouble_ends_with_a_sentence_and_the_same_command_goes_on(unbroken, tmp
         if steps < 6 or event != "after a step":  # four updates of task 1, two of task 2
             return
         if trouble == "full disk":
-            run.open = lambda path, mode="r", **more: (
-                FullDisk(path, mode) if ".tmp" in str(path) else open(path, mode, **more))
+            writes_by(full_disk)
         elif trouble == "vanished folder":
             shutil.copytree(folder, tmp_path / "kept", dirs_exist_ok=True)
             shutil.rmtree(folder)

@@ -46,50 +46,29 @@ run.main(lambda: train_gd.main(sys.argv[1:]))
 @pytest.mark.parametrize("platform, unit", [("darwin", 2**20), ("linux", 2**10)])
 def test_peak_memory_is_in_megabytes_everywhere(monkeypatch, platform, unit):
     usage = SimpleNamespace(ru_maxrss=300 * unit)
-    monkeypatch.setattr(run, "resource", SimpleNamespace(getrusage=lambda who: usage, RUSAGE_SELF=0))
+    monkeypatch.setitem(sys.modules, "resource", SimpleNamespace(getrusage=lambda who: usage, RUSAGE_SELF=0))
     monkeypatch.setattr(sys, "platform", platform)
     assert run.peak_memory_mb(torch.device("cpu")) == 300
 
 
-@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, 524])
-def test_a_disk_without_flock_has_a_soft_lock(main, monkeypatch, tmp_path, code):
-    """NFS, Lustre, FUSE: the run goes on, a second one is refused, and what a killed one leaves is named."""
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, 524])
+def test_a_folder_that_cannot_be_locked_is_said_once(main, monkeypatch, code):
+    """On some network disks. The run goes on."""
     fcntl = pytest.importorskip("fcntl")
 
     def flock(*arguments):
         raise OSError(code, "No locks available")
     monkeypatch.setattr(fcntl, "flock", flock)
     done = main("train_gr.py", *ALONE)
-    assert done.returncode == 0 and "lock" not in done.stderr, done.stderr
-    run.hold(tmp_path / "run")
-    second = main("train_gr.py", *ALONE)
-    assert second.returncode == 2 and "in use by another process" in second.stderr
-
-
-def test_a_folder_that_cannot_be_locked_is_said_once(main, monkeypatch):
-    def refuse(lock, **more):
-        raise OSError(errno.ENOLCK, "No locks available")
-    for kind in (run.FileLock, run.SoftFileLock):
-        monkeypatch.setattr(kind, "acquire", refuse)
-    done = main("train_gr.py", *ALONE)
     assert done.returncode == 0 and done.stderr.count("cannot be locked") == 1
 
 
 @pytest.mark.parametrize("environment", [
-    {"RANK": "1"}, {"RANK": "0", "WORLD_SIZE": "1"}, {"WORLD_SIZE": ""}, {"LOCAL_RANK": "3", "RANK": "x"}])
+    {"RANK": "1"}, {"RANK": "1", "WORLD_SIZE": "2"}, {"WORLD_SIZE": ""}, {"LOCAL_RANK": "3", "RANK": "x"}])
 def test_a_launchers_leftovers_do_not_make_a_run_that_writes_nothing(tmp_path, environment):
     done = python(tmp_path, None, ROOT / "train_gr.py", *ALONE, **environment)
     assert done.returncode == 0 and "is finished" in done.stdout, done.stderr
     assert (tmp_path / "run/task1.pt").exists()
-
-
-@pytest.mark.parametrize("environment", [{"WORLD_SIZE": "2", "RANK": "0"}, {"WORLD_SIZE": "many"}])
-@pytest.mark.parametrize("command", [["train_gr.py", *ALONE], ["eval_fid.py", "run"], ["report.py", "."]])
-def test_several_processes_without_torchrun_are_refused(main, monkeypatch, environment, command):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    done = main(*command)
-    assert done.returncode == 2 and "WORLD_SIZE" in done.stderr and "torchrun" in done.stderr
 
 
 def test_mps_is_taken_where_there_is_no_cuda_and_has_fp32_alone(monkeypatch):
@@ -139,7 +118,7 @@ def test_what_bitwise_depends_on_is_noted_and_said(main, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("file, sentence", [
-    ("a.safetensors", "is safetensors"), ("old.pt", "torch before 1.6"), ("nan.pt", "not finite"),
+    ("a.safetensors", "safetensors"), ("old.pt", "torch before 1.6"), ("nan.pt", "not finite"),
     ("other.pt", "Missing key"), ("cut.pt", "damaged")])
 def test_what_is_wrong_with_a_file_of_weights_is_said(main, tmp_path, file, sentence):
     assert main("train_gr.py", *ALONE).returncode == 0
@@ -154,10 +133,10 @@ def test_what_is_wrong_with_a_file_of_weights_is_said(main, tmp_path, file, sent
     assert "Traceback" not in done.stderr and not (tmp_path / "second").exists()
 
 
-def test_a_reader_that_has_read_enough_ends_a_script_in_silence(tmp_path):
-    """As `| head -1` does."""
-    code = "import run, time; run.main(lambda: [print('x', flush=True) or time.sleep(0.01) for _ in range(500)])"
-    command = [sys.executable, "-c", code]
+@pytest.mark.parametrize("says", ["[print('x', flush=True) or time.sleep(0.01) for _ in range(500)]", "print('x')"])
+def test_a_reader_that_has_read_enough_ends_a_script_in_silence(says):
+    """As `| head -1` does, while the script prints or, with little to say, before."""
+    command = [sys.executable, "-c", f"import run, time; print(flush=True); time.sleep(1); run.main(lambda: {says})"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.readline()
         process.stdout.close()

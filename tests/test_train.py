@@ -561,10 +561,12 @@ def test_a_folder_with_other_settings_is_refused_with_the_difference(main, tmp_p
     assert other.returncode == 2 and "lam was 0.75 and is 2.0" in other.stderr and "--restart" in other.stderr
     assert (tmp_path / "run/task2.pt").read_bytes() == before
     (tmp_path / "run/mine.json").write_text("{}")
+    (tmp_path / "run/task1.pt.damaged").touch()
     assert main("train_gd.py", *common, "--lambda", "2", "--restart", "--init", "typo.pt").returncode == 2
     assert (tmp_path / "run/task2.pt").read_bytes() == before, "nothing is thrown away for a run that cannot start"
     restarted = main("train_gd.py", *common, "--lambda", "2", "--restart")
-    assert (tmp_path / "run/mine.json").exists(), "--restart deletes a run's own files alone"
+    assert (tmp_path / "run/mine.json").exists() and not (tmp_path / "run/task1.pt.damaged").exists(), (
+        "--restart deletes all of a run's own files and no other")
     assert restarted.returncode == 0 and json.loads((tmp_path / "run/config.json").read_text())["lam"] == 2
     assert len(lives(tmp_path / "run")) == 2
 
@@ -624,20 +626,21 @@ def test_checkpoints_of_finished_tasks_are_passed_over_and_at_the_end_removed(tm
     checkpoints(tmp_path, task=1)
     assert run.latest(tmp_path, 3)["task"] == 2
     for k in (2, 3):
-        run.save(tmp_path / f"task{k}.pt", {"model": {}, "config": {}})
+        run.save(tmp_path / f"task{k}.pt", {"task": k, "model": {}, "config": {}})
     assert run.latest(tmp_path, 3)["task"] == 4
     run.finish(tmp_path)
     assert not list(tmp_path.glob("checkpoint*"))
 
 
-def test_a_checkpoint_with_code_in_it_is_refused_and_nothing_runs(tmp_path):
+def test_a_checkpoint_with_code_in_it_is_refused_and_nothing_runs(tmp_path, capsys):
     class Evil:
         def __reduce__(self):
             return (os.mkdir, (str(tmp_path / "executed"),))
     torch.save({"task": 1, "update": 1, "model": Evil()}, tmp_path / "checkpoint.pt")
-    with pytest.raises(run.InputError, match="nothing of it was executed"):
-        run.latest(tmp_path, 3)
-    assert not (tmp_path / "executed").exists()
+    for _ in range(2):  # a second command does not start afresh either
+        with pytest.raises(run.InputError, match="--restart"):
+            run.latest(tmp_path, 3)
+    assert "nothing of it was executed" in capsys.readouterr().err and not (tmp_path / "executed").exists()
 
 
 def test_damaged_json_in_a_run_folder_is_one_sentence(main, tmp_path):
@@ -646,7 +649,7 @@ def test_damaged_json_in_a_run_folder_is_one_sentence(main, tmp_path):
     whole = (tmp_path / "run/config.json").read_text()
     (tmp_path / "run/task2.pt").unlink()
     for name, text in (("config.json", "[]"), ("config.json", "null"), ("metrics.jsonl", "{}\n"),
-                       ("metrics.jsonl", "\0\n")):
+                       ("metrics.jsonl", "\0\n"), ("metrics.jsonl", '{"task": 1, "update": 1}\n')):
         (tmp_path / "run/config.json").write_text(whole)
         (tmp_path / "run" / name).write_text(text)
         done = main("train_gd.py", *common)
@@ -669,14 +672,23 @@ def test_a_folder_in_use_is_refused(main, tmp_path):
     assert second.returncode == 2 and "in use by another process" in second.stderr
 
 
-def test_a_stop_at_the_last_update_of_a_task_loses_nothing(main, tmp_path, monkeypatch):
-    """As if SIGTERM had come during the task's only update: saved there, before the picture is drawn, and resumed."""
-    common = ["train_gd.py", *TINY, "--iterations", "1", "--tasks", "1", "--out"]
-    monkeypatch.setattr(run, "signals", [signal.SIGTERM])
-    assert main(*common, "run").returncode == 143 and not (tmp_path / "run/task1.pt").exists()
+@pytest.mark.parametrize("owner, name, where", [  # as SIGTERM may come
+    (run.Progress, "step", "task 1, update 1"),   # during the only update: it is saved there, before the picture
+    (run, "save_picture", "task 2, update 0")])   # while the picture is drawn: after the task
+def test_a_stop_at_the_end_of_a_task_loses_nothing(main, tmp_path, monkeypatch, owner, name, where):
+    def stop(*arguments, function=getattr(owner, name)):
+        function(*arguments, **({"columns": 8} if owner is run else {}))
+        run.signals.append(signal.SIGTERM)
+    common = ["train_gd.py", *TINY, "--iterations", "1", "--tasks", "2", "--out"]
     monkeypatch.setattr(run, "signals", [])
-    assert "going on from task 1, update 1" in main(*common, "run").stdout
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, lambda *arguments, **more: stop(*arguments))
+        done = main(*common, "run")
+    assert done.returncode == 143 and f"stopped after {where};" in done.stderr
+    assert (tmp_path / "run/task1.pt").exists() == (owner is run)
+    monkeypatch.setattr(run, "signals", [])
+    assert f"going on from {where}" in main(*common, "run").stdout
     assert main(*common, "unbroken").returncode == 0
-    for key, value in weights(tmp_path / "unbroken", 1).items():
-        assert torch.equal(value, weights(tmp_path / "run", 1)[key])
+    for key, value in weights(tmp_path / "unbroken", 2).items():
+        assert torch.equal(value, weights(tmp_path / "run", 2)[key])
     assert comparable(lives(tmp_path / "unbroken")) == comparable(lives(tmp_path / "run"))
