@@ -389,7 +389,7 @@ def decoded(home, files, imagenet=False, side=64):
     try:
         run.check_writable(place)
         run.replace(place, lambda file: torch.save({"stamp": stamp, "images": torch.from_numpy(images)}, file))
-    except InputError as error:
+    except (InputError, OSError) as error:
         say(f"warning: the pictures will be decoded at every start: {error}", file=sys.stderr)
     return images
 

@@ -95,7 +95,8 @@ def add_arguments(parser, scales):
     add = parser.add_argument
     add("--scale", default="paper", choices=scales,
         help="paper: the paper's run; small: the same at 16x16; laptop: a quick look at 16x16")
-    add("--tasks", type=positive(int), help="number of tasks (paper: 5), the first ones of a stated --class-order")
+    add("--tasks", type=positive(int), help="number of tasks (paper: 5); where a --class-order is stated, as at "
+        "laptop scale, its first so many")
     add("--class-order", help="random (by the seed), natural, or '0,1|2,7' states the classes of each task")
     add("--seed", type=whole, default=42, help="of weights, class order and noise (paper: 42, 69, 1714)")
     add("--image-size", type=positive(int, 4096), help="side to which images are brought (paper: 32, ImageNet-100 64)")

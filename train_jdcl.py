@@ -121,6 +121,8 @@ def get_args(argv=None):
     for key, most in ("local_iterations", args.tasks), ("global_iterations", max(1, args.tasks - 1)):
         if len(departs.get(key, [])) > most:
             parser.error(f"--{key.replace('_', '-')} takes at most {most} values here")
+    if args.source == "generated" and not args.one_stage and args.classifier_start >= min(args.global_iterations):
+        parser.error(f"--classifier-start {args.classifier_start} must be below --global-iterations")
     # In every batch each process has an image of the old and of the new classes, and FixMatch one label in eight.
     sizes = [len(classes) for classes in args.class_tasks]
     least = max(run.world * math.ceil(sum(sizes) / min(sizes)), 8 if args.labels else 2)

@@ -751,7 +751,8 @@ BAD = """
 --batch-size 4
 --class-order 0,1,2|3 --batch-size 3
 --local-iterations 1,1,1,1,1,1
---class-order 0,1|2,3 --global-iterations 1,1
+--class-order 0,1|2,3 --global-iterations 11000,11000
+--global-iterations 20000,10000
 --replay-steps 2000
 --replay-cap 1e7
 --unet jdcl-laptop
