@@ -134,8 +134,9 @@ def test_what_is_wrong_with_a_file_of_weights_is_said(main, tmp_path, file, sent
 
 
 @pytest.mark.parametrize("says", ["[print('x', flush=True) or time.sleep(0.01) for _ in range(500)]", "print('x')"])
-def test_a_reader_that_has_read_enough_ends_a_script_in_silence(says):
+def test_a_reader_that_has_read_enough_ends_a_script_in_silence(monkeypatch, says):
     """As `| head -1` does, while the script prints or, with little to say, before."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     command = [sys.executable, "-c", f"import run, time; print(flush=True); time.sleep(1); run.main(lambda: {says})"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.readline()
