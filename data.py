@@ -287,12 +287,13 @@ def read_picture(path, cmyk=False):
     picture of greys alone makes mode L. The EXIF orientation is not applied.
     """
     try:
-        Image.open(path, formats=FORMATS).verify()  # PNG's checksums: decoding alone overlooks some flipped bits
+        with Image.open(path, formats=FORMATS) as image:
+            image.verify()  # PNG's checksums: decoding alone overlooks some flipped bits
         with Image.open(path, formats=FORMATS) as image:
             frames, bits = getattr(image, "n_frames", 1), max(getattr(image, "tag_v2", {}).get(258, [8]))  # of a TIFF
             if image.format == "PPM" and isinstance(image.tile[0][3], tuple):
                 bits = image.tile[0][3][1].bit_length()  # of the highest level
-            deep = bits > 8 or ";16" in str(image.tile)  # Pillow makes 8 bits of 16 in silence
+            deep = bits > 8 or re.search("'(I|RGB);16", str(image.tile))  # Pillow makes 8 bits of 16 in silence
             image.load()
     except (OSError, SyntaxError, TypeError, ValueError, struct.error, zlib.error,
             Image.DecompressionBombError) as error:
@@ -378,7 +379,7 @@ def decoded(home, files, imagenet=False, side=64):
     folder = home / ".decoded" if os.access(home, os.W_OK) else Path(torch.hub.get_dir()).parent / "decoded"
     place = folder / hashlib.sha256(repr((home, imagenet, side)).encode()).hexdigest()[:16]
     status = [(file, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for file in files for s in [file.stat()]]
-    stamp = hashlib.sha256(repr(status).encode()).hexdigest()
+    stamp = hashlib.sha256(repr((1, status)).encode()).hexdigest()  # 1 is the version of `decode`
     try:
         kept = run.load(place)
         if kept["stamp"] == stamp:

@@ -98,6 +98,8 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     if bool(args.images) == bool(args.train_resnet18):
         parser.error("give a run folder or images, or --train-resnet18 with a dataset")
+    if args.n == 1:
+        parser.error("--n must be at least 2: one image has no covariance")
     return args
 
 
@@ -217,7 +219,8 @@ def load_inception(args, device):
     """FID's function from images to features, and what it is."""
     net, path = inception_network(), weights("--inception-weights", args.inception_weights)
     net.load_state_dict(torch.load(path, "cpu", weights_only=True))
-    about = dict(network="inception-2015-12-05", features=2048, sha256=sha256(path), name=args.protocol)
+    about = dict(network="inception-2015-12-05", features=2048, sha256=WEIGHTS["--inception-weights"][0],
+                 name=args.protocol)
     return fid_features(net, args.protocol, device), about
 
 
@@ -356,12 +359,12 @@ def read_images(path):
     names = [name for name in ("images", "arr_0") if name in arrays] or list(arrays)
     x = arrays[names[0]] if len(names) == 1 else np.zeros(0)
     x = x[..., None] if x.ndim == 3 else x
-    x = x.transpose(0, 3, 1, 2) if x.ndim == 4 and x.shape[3] in (1, 3) else x
-    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1] not in (1, 3) or 0 in x.shape:
+    axes = [axis for axis in (1, 3) if x.ndim == 4 and x.shape[axis] in (1, 3)]  # that can be the channels
+    if x.dtype != np.uint8 or len(axes) != 1 or 0 in x.shape:
         held = ", ".join(f"{name}: {array.dtype} {array.shape}" for name, array in arrays.items()) or "nothing"
         raise InputError(f"{path} holds {held:.200}: give one array, or call one images, uint8 (N, H, W), (N, H, W, C) "
                          "or (N, C, H, W) with 1 or 3 channels")
-    return x
+    return np.moveaxis(x, axes[0], 1)
 
 
 def statistics(source, extract, about, args, size=None, n=None):
@@ -427,7 +430,7 @@ def warn_if_few(n):
 def read_run(folder, args):
     """What its evaluation needs of a run's config.json and of the arguments, and the records of eval.json."""
     if not (folder / "config.json").exists():
-        raise InputError(f"{folder} is no run folder; with images say by --reference what they are compared with")
+        raise InputError(f"{folder} is no run folder; to evaluate images, give --reference")
     keys = "dataset class_names class_tasks scale image_size unet schedule seed sample_steps data_dir".split()
     c, path = SimpleNamespace(**{"clip": True, **run.read_config(folder, keys)}), folder / "eval.json"
     try:
@@ -505,6 +508,8 @@ def evaluate_run(folder, args, device):
     d = load_data(c.dataset, c.data_dir, c.image_size, args)
     if d.info.classes != c.class_names:
         raise InputError(f"{c.dataset} has other classes than the run, {', '.join(d.info.classes)}: give its data")
+    if any(len(data.indices(y, c.class_tasks)[0]) < 2 for y in (d.y, d.y_test)):
+        raise InputError(f"{c.dataset} has less than 2 training or test images of task 1: a covariance takes 2")
     labeller, head, frd_about = load_labeller(d, args, device)
     networks, fid_about, asked = {"frd": labeller}, None, args.fid or args.inception_weights
     missing = f"left out of a {c.scale} run, 0.4 s an image on a CPU core; --fid measures it"
@@ -530,7 +535,8 @@ def evaluate_run(folder, args, device):
             n=c.n, n_real=len(real), n_floor=len(pool), seed=c.seed, steps=c.steps, schedule=c.schedule,
             image_size=c.image_size, clip=c.clip, reference=f"{d.info.name}, test images of classes {seen}",
             reference_digest=reference_digest, checkpoint=sha256(file), frd=frd_about, fid=fid_about)
-        if any(r["task"] == k and protocol in (r["protocol"], {**r["protocol"], "fid": None}) for r in records):
+        if any(r["task"] == k and protocol in (r["protocol"], {**r["protocol"], "fid": None}) and "denoise" in r
+               for r in records):
             print(f"task {k}: evaluated before")
             continue
         run.load_weights(model, file)

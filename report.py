@@ -150,6 +150,7 @@ SPARE = "tab:orange tab:brown tab:pink tab:cyan gold navy lime teal salmon orchi
 TEACHER = "teacher_solver", "first_step"  # flags of how it draws
 UNSAID = dict(precision="fp32", clip=True, sample_steps=None, teacher_steps=None, buffer_size=None, preset={},
               parameters=None, script="")  # what not every run says
+NEEDED = "dataset_name seed image_size command class_names".split()  # what tables and figures need of it besides
 DAMAGE = OSError, ValueError, KeyError, TypeError, AttributeError, IndexError  # what reading a damaged file may raise
 
 
@@ -299,7 +300,7 @@ def read(path):
 
     steps, images, known = r.teacher_steps, r.buffer_size, [*COLOURS, r.method]
     r.count, r.usual = int(steps or images or 0), steps == r.preset.get("teacher_steps", steps)
-    r.style = STYLES[[10, 100, 1000].index(r.count) + 1 if r.count in (10, 100, 1000) else 0]
+    r.style = STYLES[{10: 1, 100: 2, 1000: 3}.get(r.count, 0)]
     r.variant = "".join(f", {r.departs[key]}" for key in TEACHER if key in r.departs)
     r.label = r.name if r.curve else r.title + (f", {steps} steps" if steps else f", {images} images" if images else "")
     r.row = known.index(r.method), r.method, r.count, len(r.departs), r.name, r.done, sum(r.updates[:r.done]), r.script
@@ -308,6 +309,8 @@ def read(path):
                                for key, value in r.departs.items() if key not in ("precision", "tasks"))
     if r.script not in ("", COMMANDS.get(r.base, COMMANDS.get(r.method, "")).partition(" ")[0]):
         r.place = None  # of a copy of a script, whatever it calls its method
+    for key in NEEDED:
+        getattr(r, key)
     return r
 
 
@@ -523,7 +526,7 @@ def samples(r, k, device, steps=()):
     x_T = torch.randn(64, model.in_channels, r.image_size, r.image_size)
     x_T = x_T.unflatten(0, (8, 8))[:4, :4].flatten(0, 1).to(device)  # of a picture of 8x8 the upper left quarter
     with autocast:
-        drawn = [ddpm_sample(model, x_T, abar) if steps and n == T else
+        drawn = [ddpm_sample(model, x_T, abar, r.clip) if steps and n == T else
                  sample(model, x_T, abar, n, clip=r.clip) for n in steps or [r.sample_steps]]
     return [make_grid(data.quantize(x_0).cpu(), nrow=4, padding=1).permute(1, 2, 0).numpy() for x_0 in drawn]
 
@@ -563,7 +566,7 @@ def curve_figures(runs):
     yield "denoise", plot(panels, "mean |eps - model(x_t, t)|² on test images of task 1")
 
     panels = []
-    for same in bases(runs):
+    for same in bases([r for r in runs if not r.variant]):
         if any("lam" in r.departs for r in same):
             points = {lam: pick(some, quality, last) for lam, some in group(same, lambda r: r.lam).items()}
             panels.append(("λ", METRICS[quality][0], [(same[0], points)]))
@@ -644,7 +647,8 @@ def figures(runs, out, device):
 
     made = []
     for (dataset, departs, classifies), some in sorted(group(runs, family).items()):
-        drawn = jdcl_figures(some) if classifies else [*curve_figures(some), *sample_figures(some, device)]
+        drawn = jdcl_figures(some) if classifies else itertools.chain(
+            curve_figures(some), sample_figures(some, device))
         for name, figure in drawn:
             if figure:
                 about = ", ".join(filter(None, [some[0].dataset_title, departs[1:], figure.get_suptitle()]))

@@ -12,6 +12,7 @@ A run folder holds
 """
 
 import argparse
+import errno
 import gc
 import importlib.util
 import io
@@ -25,7 +26,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import zipfile
 import zlib
@@ -68,10 +68,12 @@ def main(function):
     except BrokenPipeError:  # what it said went to a `head` that has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)  # SIGPIPE
-    except OSError as error:  # of a disk, a folder
-        sentence = f"{error}; make room or mend it, and the same command goes on"
-    except RuntimeError as error:
-        if not re.search("out of memory|can't allocate memory", str(error)):
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOENT, errno.EIO):
+            raise
+        sentence = f"{error}; make room or mend the folder, and the same command goes on"
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
             raise
         sentence = "out of memory; lower --batch-size or use --precision bf16"
     except KeyboardInterrupt:
@@ -80,6 +82,11 @@ def main(function):
     if not rank:  # all processes meet with the same error, and the first one tells it
         print(f"error: {sentence}", file=sys.stderr)
     sys.exit(2)
+
+
+def out_of_memory(error):
+    """Whether this says that memory is lacking: Python's, torch's on any device, or the CPU's allocator's."""
+    return isinstance(error, MemoryError) or bool(re.search("out of memory|(can't allocate|enough) memory", str(error)))
 
 
 # -------------------------------------------------------------------------------------------------- arguments
@@ -157,6 +164,9 @@ def interval(text):
     return "updates", positive(int, 1e9)(text)
 
 
+interval.__name__ = "number of updates (500) or minutes (10m)"  # argparse names it when it cannot read the text
+
+
 def departures(parser, args, *besides):
     """{argument: value} of what differs from the preset, the parser's defaults, but for `besides` and the machine's."""
     others = ("dataset", "scale", "seed", *TYPED, *besides)
@@ -208,7 +218,7 @@ def pick_device(name):
 def start(args):
     """The device, and autocast for --precision; writes into `args` what --precision auto and --compile are there.
 
-    A GPU with bf16 (NVIDIA's from Ampere on) computes in bf16, and compiles if it can. Other devices do neither.
+    By default a GPU with bf16 (NVIDIA's from Ampere on) computes in bf16 and compiles, if it can. Others do neither.
     """
     device = pick_device(args.device)
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -428,16 +438,19 @@ def replace(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(tmp, path)
+    except OSError as error:  # which may not say the place
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         tmp.unlink(missing_ok=True)
 
 
 def check_writable(path):
     """Find out before the work whether its result can be written to `path`; make its folder."""
-    path = Path(path)
+    path, trial = Path(path), Path(f"{path}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
+        trial.touch()
+        trial.unlink()
     except OSError as error:
         raise InputError(f"cannot write {path} ({error.strerror}): choose another place or mend it") from error
     if path.is_dir():
@@ -457,8 +470,10 @@ def load(path, device="cpu"):
     except pickle.UnpicklingError:
         reason = "it holds more than tensors and plain values, and nothing of it was executed"
     except zipfile.BadZipFile:
-        reason = "no whole zip archive; safetensors, or a file of torch before 1.6, load elsewhere and torch.save again"
+        reason = "no whole zip archive; if it is safetensors or of torch before 1.6, load it so and torch.save it again"
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, zlib.error) as error:
+        if out_of_memory(error):
+            raise
         reason = str(error).partition("\n")[0]
     raise InputError(f"{path} is damaged or was not made by torch.save ({reason})")
 
@@ -516,7 +531,7 @@ def save_checkpoint(folder, state):
 def exit_if_stopped(task, update):
     """Leave with exit code 130 or 143 if Ctrl-C or SIGTERM asked for it; everything up to this update is saved."""
     if signals and not rank:
-        print(f"stopped after task {task}, update {update}; the same command goes on from there", file=sys.stderr)
+        print(f"stopped at task {task}, update {update}; the same command goes on from there", file=sys.stderr)
         sys.exit(128 + signals[0])
 
 
@@ -534,7 +549,7 @@ def latest(folder, tasks, device="cpu"):
     """
     if rank:
         together(dist.barrier)  # the first process looks first, and sets aside
-    state = None
+    state, damaged = None, []
     newest = max((k for k in range(1, tasks + 1) if (folder / f"task{k}.pt").exists()), default=0)
     for name in ("checkpoint", "checkpoint.old", *(f"task{k}" for k in range(newest, 0, -1))):
         path = folder / f"{name}.pt"
@@ -543,19 +558,22 @@ def latest(folder, tasks, device="cpu"):
         try:
             found = load(path, device)
         except InputError as error:
-            path.rename(f"{path}.damaged")
-            print(f"{error}; it is set aside", file=sys.stderr)
+            damaged.append((path, error))
             continue
         if name.startswith("task"):
             state = {**found, "task": found["task"] + 1, "update": 0}
         elif found["task"] > newest:
             state = found
-    if not state and any(folder.glob("*.damaged")):
-        raise InputError(f"{folder} holds no whole file to go on from; start over with --restart")
+    if damaged and not state:
+        raise InputError(f"{damaged[0][1]}, and there is no other to go on from; start over with --restart")
+    for path, error in damaged:
+        path.rename(f"{path}.damaged")
+        print(f"{error}; it is set aside", file=sys.stderr)
     if state and state["task"] <= tasks:
         print(f"going on from task {state['task']}, update {state['update']}")
     if not rank:
         together(dist.barrier)
+    together(dist.barrier)  # no file is renamed before all have read it
     return state
 
 
@@ -569,8 +587,8 @@ class Progress:
         self.bar = tqdm(disable=True)
         if rank:
             return
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
         try:
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
             records = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut the last line short
             records = [r for r in records if (r["task"], r["update"]) <= (state["task"], state["update"])]
             self.begun = time.perf_counter() - (records[-1]["seconds"] if records else 0)

@@ -84,7 +84,7 @@ def get_args(argv=None):
     add("--unet", choices=list(NETS), help="network (default: the paper's for the dataset)")
     add("--init", metavar="PATH", help="start from these weights: a task<k>.pt, or diffusers' UNet2DModel .bin")
     add("--schedule", choices=["zero-snr", "linear"], help="noise schedule (default: zero-snr, as the released runs)")
-    run.add_arguments(parser, scales=list(GREY))
+    run.add_arguments(parser, scales=list(GREY))  # those of every train script: --scale, --tasks, --seed, ...
 
     # A first parse finds the preset. Its values become the parser's defaults, so that the command line wins.
     first, _ = parser.parse_known_args(argv)
@@ -101,7 +101,7 @@ def get_args(argv=None):
 
     if args.first_step == "analytic" and args.teacher_steps == T:
         parser.error(f"--first-step analytic leaves --teacher-steps {T - 1} at most")
-    if "length" in departs and len(args.length[1]) > args.tasks:
+    if "length" in departs and len(args.length[1]) > args.tasks:  # a preset may state more than --tasks leaves
         parser.error(f"--{args.length[0]} takes at most one value for each of the {args.tasks} tasks")
     if why := misfit(args.unet, info.channels, args.image_size):
         parser.error(why)
@@ -224,8 +224,9 @@ def main(argv=None):
     if args.init:
         run.load_weights(model, args.init)
     model.to(device)
-    prev = copy.deepcopy(model).eval().requires_grad_(False)  # one for the whole run, so that it is compiled once
-    nets = 2  # that the method holds: the model and prev
+    prev = copy.deepcopy(model).eval().requires_grad_(False)  # one for the whole run: no task compiles it anew
+    nets = 2  # that the method needs, for the tables: the model and prev
+    # report.py sets a run beside the paper's if it makes at least `preset_updates`.
     config = dict(vars(args), updates=updates, parameters=nets * sum(p.numel() for p in model.parameters()),
                   preset_updates=run.count_updates(args.preset["length"], args.preset["batch_size"], sizes))
     folder = run.open_folder(config)
@@ -252,7 +253,7 @@ def main(argv=None):
         prev.load_state_dict(state.get("prev", model.state_dict()))  # the saved prev, if stopped inside this task
         log = torch.zeros(end, len(LOG), device=device)  # a row for each update
         if state["update"]:  # the run was stopped inside this task
-            run.restore(optimizer, state["optimizer"])
+            run.restore(optimizer, state["optimizer"])  # the moments; settings such as "fused" are this device's
             log.copy_(state["log"])
 
         def learn(i, x_r=None):

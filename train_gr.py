@@ -76,7 +76,7 @@ def get_args(argv=None):
     add("--unet", choices=list(NETS), help="network (default: the paper's for the dataset)")
     add("--init", metavar="PATH", help="start from these weights: a task<k>.pt, or diffusers' UNet2DModel .bin")
     add("--schedule", choices=["zero-snr", "linear"], help="noise schedule (default: zero-snr, as the released runs)")
-    run.add_arguments(parser, scales=list(GREY))
+    run.add_arguments(parser, scales=list(GREY))  # those of every train script: --scale, --tasks, --seed, ...
 
     # A first parse finds the preset. Its values become the parser's defaults, so that the command line wins.
     first, _ = parser.parse_known_args(argv)
@@ -101,7 +101,7 @@ def get_args(argv=None):
         parser.error(f"--first-step analytic leaves --teacher-steps {T - 1} at most")
     if bool(args.buffer_size) != (args.source == "buffer") or (args.buffer_size or args.tasks) < args.tasks - 1:
         parser.error(f"--replay buffer goes with a --buffer-size of at least {max(1, args.tasks - 1)}, one a past task")
-    if "length" in departs and len(args.length[1]) > args.tasks:
+    if "length" in departs and len(args.length[1]) > args.tasks:  # a preset may state more than --tasks leaves
         parser.error(f"--{args.length[0]} takes at most one value for each of the {args.tasks} tasks")
     if why := misfit(args.unet, info.channels, args.image_size):
         parser.error(why)
@@ -190,7 +190,7 @@ def main(argv=None):
     images, labels = (x.to(device) for x in data.load_images(args.dataset, "train", args.data_dir, args.image_size))
     of_task = data.indices(labels, args.class_tasks)  # for each task the indices of its images
     if args.source == "all":
-        of_task = [torch.cat(of_task[:k]) for k in range(1, args.tasks + 1)]  # the new images are those of all tasks
+        of_task = [torch.cat(of_task[:k]) for k in range(1, args.tasks + 1)]  # the images of all tasks so far are new
     sizes, shape = [len(index) for index in of_task], images.shape[1:]  # images are (N, C, H, W)
     updates = run.count_updates(args.length, args.batch_size, sizes)
 
@@ -200,8 +200,9 @@ def main(argv=None):
     if args.init:
         run.load_weights(model, args.init)
     model.to(device)
-    prev = copy.deepcopy(model).eval().requires_grad_(False)  # one for the whole run, so that it is compiled once
-    nets = 2 if args.source == "generated" else 1  # that the method holds: the baselines do without prev
+    prev = copy.deepcopy(model).eval().requires_grad_(False)  # one for the whole run: no task compiles it anew
+    nets = 2 if args.source == "generated" else 1  # that the method needs, for the tables: the baselines no prev
+    # report.py sets a run beside the paper's if it makes at least `preset_updates`.
     config = dict(vars(args), updates=updates, parameters=nets * sum(p.numel() for p in model.parameters()),
                   preset_updates=run.count_updates(args.preset["length"], args.preset["batch_size"], sizes))
     folder = run.open_folder(config)
@@ -229,7 +230,7 @@ def main(argv=None):
         prev.load_state_dict(state.get("prev", model.state_dict()))  # the saved prev, if stopped inside this task
         log = torch.zeros(end, len(LOG), device=device)  # a row for each update
         if state["update"]:  # the run was stopped inside this task
-            run.restore(optimizer, state["optimizer"])
+            run.restore(optimizer, state["optimizer"])  # the moments; settings such as "fused" are this device's
             log.copy_(state["log"])
 
         def learn(i, x_r=None):

@@ -1,7 +1,7 @@
 """JDCL: one network that denoises and classifies learns a sequence of tasks from images that it draws itself.
 
 A classifier's head looks at the pooled features of the denoiser's encoder. Task k has two stages. In stage 1 a local
-model learns the new images, of each of which x_0 and x_c are two augmented views:
+model learns the new images. x_0 and x_c are two augmented views of an image:
 
     L_local = |eps - model(x_t, t)|^2 + alpha CE(model.classify(x_c), y)                       --alpha, 0.001
 
@@ -245,6 +245,7 @@ def one_stage_losses(args, model, old, n, x_t, t, eps, x_c, y):
 
 def classify(model, u8):
     """Logits (N, classes), on the CPU, that a frozen model in eval mode gives images u8 (N, C, H, W)."""
+    assert not model.training, "the model must be in eval mode"
     return torch.cat([model.classify(data.normalize(part)).float().cpu() for part in u8.split(1000)])
 
 
@@ -258,8 +259,9 @@ def of_classes(images, classes):
 def count(model, images, classes):
     """{c: (right, of)}: of the images (u8, y) of each class c the model gives so many class c, out of all it knows."""
     u8, y = of_classes(images, classes)
-    right = classify(model, u8).argmax(1) == y.cpu()
-    return {c: (int(right[y.cpu() == c].sum()), int((y == c).sum())) for c in classes}
+    y = y.cpu()
+    right = classify(model, u8).argmax(1) == y
+    return {c: (int(right[y == c].sum()), int((y == c).sum())) for c in classes}
 
 
 def accuracy(counts, classes):
@@ -341,7 +343,7 @@ def learn(job, stage, saved, losses, x_r=None):
     before, n = (0, job.n_local) if stage == "local" else (job.n_local, job.n_global)  # updates before the stage, in it
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.01, fused=job.device.type != "mps")
     log, start, every = torch.zeros(n, len(LOG), device=job.device), 0, max(1, min(50, n // 20))
-    if job.state.get("stage") == stage:  # the run was stopped inside it
+    if "optimizer" in job.state:  # the run was stopped inside this stage
         saved, start = job.state, job.state["update"] - before
         run.restore(optimizer, saved["optimizer"])
         log.copy_(saved["log"])
@@ -454,8 +456,9 @@ def draw_and_label(job, previous, local):
     In:  previous and local, the contents of task<k-1>.pt and local<k>.pt (None in one stage); job.old, job.new.
     Out: replay<k>.pt, {"images" (N, C, H, W) uint8, old classes first, "labels" (N,), "about"}, and a picture.
     """
-    job.state = {"task": job.k, "update": job.n_local, "stage": "replay", "drawn": job.state.get("drawn", {})}
-    run.save_checkpoint(job.folder, job.state)
+    if "drawn" not in job.state:  # else the run was stopped while it drew
+        job.state = {"task": job.k, "update": job.n_local, "stage": "replay", "drawn": {}}
+        run.save_checkpoint(job.folder, job.state)
     about, classes, quota = {}, job.seen if local else job.learned, job.args.replay_per_class
     u8, about["old"] = draw(job, "old", job.learned, previous, job.old)
     # The largest logits of real and of replayed images, in the same 40 bins, as in the paper's Figure 4. They are of
@@ -474,6 +477,8 @@ def draw_and_label(job, previous, local):
     run.save(job.folder / f"replay{job.k}.pt", {"images": u8, "labels": y, "about": about})
     rows = [images[:10] for images in u8.split(quota)[-20:]]
     run.save_picture(job.folder / "samples" / f"replay{job.k}.png", torch.cat(rows), columns=len(rows[0]))
+    job.state = {"task": job.k, "update": job.n_local, "stage": "global"}
+    run.save_checkpoint(job.folder, job.state)
 
 
 def learn_global(job, previous, replay):

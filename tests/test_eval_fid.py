@@ -361,6 +361,7 @@ def test_bad_arrays_are_refused(main, tiny, tmp_path, grey):
             ("images: float32", grey.astype(np.float32)), ("images: uint16", grey.astype(np.uint16)),
             ("give one array", grey[0]), ("give one array", grey[:0]),
             ("give one array", np.repeat(grey[..., None], 2, 3)),
+            ("give one array", np.repeat(grey[:, None, :, :1], 3, 1)),        # both axes can be the channels
             ("give one array", np.repeat(grey[..., None], 4, 3)),             # alpha
             ("one image has no covariance", grey[:1]), ("give both one size", grey[:, :8, :8])):
         np.save(tmp_path / "x.npy", array)
@@ -723,11 +724,11 @@ def test_bad_runs_are_refused(main, evaluated, folder_run, tmp_path, pictures):
     for path in (tmp_path / "few" / "cross").glob("0[1-5]*"):
         path.unlink()
     folder_run("few-run", dataset="few", class_tasks=[[0], [1]])
-    case("one image has no covariance", "few-run")
+    case("less than 2 training or test images of task 1", "few-run")
 
 
 @pytest.mark.parametrize("arguments", [
-    "", "run --train-resnet18 shapes", "run --n 0", "run --steps -1", "run --steps 1001",
+    "", "run --train-resnet18 shapes", "run --n 0", "run --n 1", "run --steps -1", "run --steps 1001",
     "run --protocol mine", "--train-resnet18 nothing", "run --seed=-1", "run --seed 18446744073709551616",
     "run --device tpu"])
 def test_bad_commands(main, tally, arguments):

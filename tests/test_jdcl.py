@@ -676,8 +676,8 @@ OFTEN, NEVER = ["--save-every", "2"], ["--save-every", "1000000"]
 @pytest.mark.parametrize("flags, save_every, name, call, how, update, samples", [
     ([], OFTEN, "sample", 1 + 3, signal.SIGKILL, 6, 1 + 3 + 1),  # the third batch of old images, of three; a picture
     ([], NEVER, "sample", 1 + 3 + 2, signal.SIGTERM, 6, 1 + 1),  # the second batch of new images
-    ([], NEVER, "distillation_losses", 4, signal.SIGKILL, 6, 3 + 3 + 1),  # back to before the replay
-    (["--one-stage"], NEVER, "one_stage_losses", 4, signal.SIGKILL, 0, 3 + 1),
+    ([], NEVER, "distillation_losses", 4, signal.SIGKILL, 6, 1),  # back to the start of stage 2
+    (["--one-stage"], NEVER, "one_stage_losses", 4, signal.SIGKILL, 0, 1),
     (["--separate", "--teacher", "raw"], OFTEN, "distillation_losses", 4, signal.SIGKILL, 6 + 2, 1),
 ], ids=["old", "new", "start", "one-stage", "separate"])
 def test_a_run_stopped_inside_task_2_ends_bitwise_as_an_unbroken_one(finished, tmp_path, capsys, flags, save_every,

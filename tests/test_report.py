@@ -559,8 +559,9 @@ def test_quality_over_lambda_and_over_tasks(tmp_path):
         for lam in (0.25, 1.5):
             make(tmp_path, "gd-2", s, frd=200.0 * lam + s, departs={"lam": lam})
     make(tmp_path, "gd-2", 1714, frd=999.0, departs={"lam": 1.5}, done=3)  # not yet to be averaged with those
+    make(tmp_path, "gd-2", 1714, frd=888.0, departs={"teacher_solver": "ipndm"})  # nor those of another solver
     drawn = dict(report.curve_figures(report.find([tmp_path])))
-    assert list(drawn) == ["figure4", "figureB2", "denoise", "lambda"] and drawn["denoise"] is None
+    assert list(drawn) == ["figure4", "figureB2", "denoise", "lambda", "calls"] and drawn["denoise"] is None
     line, *_ = drawn["lambda"].axes[0].containers[0]
     np.testing.assert_allclose(line.get_xydata(), [(0.25, 50 + 55.5), (0.75, 155.5), (1.5, 355.5)])
     line, *_ = drawn["figure4"].axes[0].containers[0]

@@ -7,10 +7,13 @@ import difflib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -574,6 +577,7 @@ def test_a_folder_with_other_settings_is_refused_with_the_difference(main, tmp_p
 def test_cifar_without_files_and_network_ends_with_a_sentence(main, monkeypatch):
     for name in ("http_proxy", "https_proxy", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nowhere
+    monkeypatch.setattr(urllib.request, "_opener", None)  # urllib keeps the first proxy it meets
     done = main("train_gd.py", "--dataset", "cifar10", "--teacher-steps", "10", "--lambda", "0.75")
     assert done.returncode == 2 and "cifar-10-python.tar.gz" in done.stderr and "Traceback" not in done.stderr
 
@@ -632,15 +636,26 @@ def test_checkpoints_of_finished_tasks_are_passed_over_and_at_the_end_removed(tm
     assert not list(tmp_path.glob("checkpoint*"))
 
 
-def test_a_checkpoint_with_code_in_it_is_refused_and_nothing_runs(tmp_path, capsys):
+def test_a_checkpoint_with_code_in_it_is_refused_and_nothing_runs(tmp_path):
     class Evil:
         def __reduce__(self):
             return (os.mkdir, (str(tmp_path / "executed"),))
     torch.save({"task": 1, "update": 1, "model": Evil()}, tmp_path / "checkpoint.pt")
     for _ in range(2):  # a second command does not start afresh either
-        with pytest.raises(run.InputError, match="--restart"):
+        with pytest.raises(run.InputError, match="nothing of it was executed.*--restart"):
             run.latest(tmp_path, 3)
-    assert "nothing of it was executed" in capsys.readouterr().err and not (tmp_path / "executed").exists()
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_file_that_does_not_fit_into_memory_is_not_taken_for_damaged(tmp_path, monkeypatch, error):
+    torch.save({"task": 1, "update": 1}, tmp_path / "checkpoint.pt")
+    shutil.copy(tmp_path / "checkpoint.pt", tmp_path / "task1.pt")
+    with monkeypatch.context() as patch, pytest.raises(type(error)):
+        patch.setattr(torch, "load", Mock(side_effect=error))
+        run.latest(tmp_path, 3)
+    assert not list(tmp_path.glob("*.damaged")) and run.latest(tmp_path, 3)["task"] == 2
 
 
 def test_damaged_json_in_a_run_folder_is_one_sentence(main, tmp_path):
@@ -684,7 +699,7 @@ def test_a_stop_at_the_end_of_a_task_loses_nothing(main, tmp_path, monkeypatch, 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, lambda *arguments, **more: stop(*arguments))
         done = main(*common, "run")
-    assert done.returncode == 143 and f"stopped after {where};" in done.stderr
+    assert done.returncode == 143 and f"stopped at {where};" in done.stderr
     assert (tmp_path / "run/task1.pt").exists() == (owner is run)
     monkeypatch.setattr(run, "signals", [])
     assert f"going on from {where}" in main(*common, "run").stdout
