@@ -147,10 +147,10 @@ COLOURS = {"joint": "black", "finetune": "0.6", "er": "tab:olive", "gr": "tab:re
            "lwf": "tab:green", "noise": "tab:purple"}
 STYLES = "o-", "s--", "^:", "D-."  # of curves in the same colour
 SPARE = "tab:orange tab:brown tab:pink tab:cyan gold navy lime teal salmon orchid".split()
-TEACHER = "teacher_solver", "first_step"  # flags of how it draws
+TEACHER = "teacher_solver", "first_step"  # flags that say how a teacher draws
 UNSAID = dict(precision="fp32", clip=True, sample_steps=None, teacher_steps=None, buffer_size=None, preset={},
               parameters=None, script="")  # what not every run says
-NEEDED = "dataset_name seed image_size command class_names".split()  # what tables and figures need of it besides
+NEEDED = "dataset_name seed image_size command class_names".split()  # what every run says that has a row or a figure
 DAMAGE = OSError, ValueError, KeyError, TypeError, AttributeError, IndexError  # what reading a damaged file may raise
 
 

@@ -271,8 +271,9 @@ def main(argv=None):
                 reseed(args.seed, "classifier", "order", k, epoch)
                 order = index[torch.randperm(len(index)).to(device)]
             reseed(args.seed, "classifier", k, u)
-            i, x_r = order[b * BATCH:(b + 1) * BATCH], None
+            i = order[b * BATCH:(b + 1) * BATCH]
             x_0, y = data.normalize(data.mirrored(images[i], args.flip)), labels[i]
+            x_r = None
             if replaying:
                 x_r = pool[torch.randint(len(pool), (len(i),), device=device)] if args.pool else draw(len(i))
             loss_new, loss_replay = losses(model, prev, x_0, y, x_r, args.replay_loss)

@@ -193,7 +193,7 @@ def main(argv=None):
         run.load_weights(model, args.init)
     model.to(device)
     prev = copy.deepcopy(model).eval().requires_grad_(False)  # one for the whole run: no task compiles it anew
-    nets = 2  # that the method needs, for the tables: the model and prev
+    nets = 2  # networks that the method needs: the model and prev
     # report.py sets a run beside the paper's if it makes at least `preset_updates`.
     config = dict(vars(args), updates=updates, parameters=nets * sum(p.numel() for p in model.parameters()),
                   preset_updates=run.count_updates(args.preset["length"], args.preset["batch_size"], sizes))

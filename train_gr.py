@@ -201,7 +201,7 @@ def main(argv=None):
         run.load_weights(model, args.init)
     model.to(device)
     prev = copy.deepcopy(model).eval().requires_grad_(False)  # one for the whole run: no task compiles it anew
-    nets = 2 if args.source == "generated" else 1  # that the method needs, for the tables: the baselines no prev
+    nets = 2 if args.source == "generated" else 1  # networks that the method needs: baselines need no prev
     # report.py sets a run beside the paper's if it makes at least `preset_updates`.
     config = dict(vars(args), updates=updates, parameters=nets * sum(p.numel() for p in model.parameters()),
                   preset_updates=run.count_updates(args.preset["length"], args.preset["batch_size"], sizes))
