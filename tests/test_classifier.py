@@ -75,16 +75,6 @@ def test_a_run_brings_everything_but_the_recipe(fake):
     assert (train_classifier.BATCH, train_classifier.LR, R) == (128, 1e-3, 2)
 
 
-@pytest.mark.parametrize("arguments, folder", [
-    ("--replay none", "fashion-mnist/classifier-finetune/seed42"),
-    ("--replay all --dataset cifar10 --seed 69", "cifar10/classifier-joint/seed69"),
-    ("--replay all --scale laptop", "fashion-mnist/classifier-joint-laptop/seed42"),
-    ("--replay all --epochs 20", "fashion-mnist/classifier-joint/seed42"),
-    ("--replay none --epochs 5 --tasks 2", "fashion-mnist/classifier-finetune-tasks2-epochs5.0/seed42")])
-def test_folders_of_the_targets(arguments, folder):
-    assert get_args(arguments.split()).folder.as_posix() == f"runs/{folder}"
-
-
 def test_targets_have_the_tasks_of_the_train_scripts():
     for dataset in ("fashion-mnist", "mnist", "cifar10", "cifar100", "shapes"):
         for more in ("--scale paper --seed 42", "--scale paper --seed 1714", "--scale small", "--scale laptop",
@@ -325,33 +315,6 @@ def test_own_pictures_and_a_method_that_nobody_knows(main, tmp_path, fake):
 
 
 # ------------------------------------------------------------------------------------------------- bad input
-
-@pytest.mark.parametrize("arguments", [line.strip() for line in """
-    --dataset fashion-mnist
-    nowhere
-    nowhere --replay all
-    --replay generated
-    --replay none --steps 10
-    --replay none --replay-loss paper
-    --replay none --dataset nothing
-    --replay none --dataset shapes --scale tiny
-    --replay all --tasks 3
-    --replay all --class-order 0,1|1,2
-    --replay all --class-order 0,1|2,3 --tasks 3
-    --replay all --epochs 0
-    --replay all --iterations 1.5
-    --replay all --epochs 1 --iterations 1
-    --replay all --iterations 1,2,3,4,5,6
-    --replay all --seed one
-    --replay all --seed=-1
-    --replay all --seed 18446744073709551616
-    --replay all --device tpu
-    --replay all --unknown""".strip().splitlines()])
-def test_bad_arguments(main, tmp_path, tally, arguments):
-    refused(main, "", *arguments.split())
-    assert not any(tmp_path.iterdir()), "no folder is made"
-    tally["bad commands refused"] += 1
-
 
 def test_bad_runs(main, tmp_path, fake):
     """Each is refused before a classifier.json is begun; the one that draws NaN only shows it in task 2."""
