@@ -82,20 +82,19 @@ def main(tmp_path, monkeypatch, capfd):
 
 
 def write_pictures(folder, images, suffix=".png"):
-    """000.png, ... of these uint8 arrays, or of so many of noise, in the folder that it returns."""
+    """000.png, ... of these uint8 arrays, or of so many of noise, in a new folder."""
     if isinstance(images, int):
         images = np.random.default_rng(images).integers(0, 256, (images, 20, 20), dtype=np.uint8)
     folder.mkdir(parents=True)
     for i, image in enumerate(images):
         Image.fromarray(image).save(folder / f"{i:03}{suffix}")
-    return folder
 
 
 @pytest.fixture
 def fake_run(tmp_path):
     """fake_run("where") makes a finished run folder of two tasks on shapes, whose models are untrained."""
-    def make(name="run", classes=0, **changes):
-        folder = tmp_path / name
+    def make(where="run", classes=0, **changes):
+        folder = tmp_path / where
         folder.mkdir()
         config = dict(dataset="shapes", scale="laptop", seed=42, class_tasks=[[0, 1], [2, 3]], schedule="zero-snr",
                       class_names=data.info("shapes").classes, unet="laptop", data_dir="data", image_size=16,
