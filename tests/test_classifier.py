@@ -44,7 +44,7 @@ def test_a_run_brings_everything_but_the_recipe(fake_run):
 def test_targets_have_the_tasks_of_the_train_scripts():
     for dataset in ("fashion-mnist", "mnist", "cifar10", "cifar100", "shapes"):
         for more in ("--scale paper --seed 42", "--scale paper --seed 1714", "--scale small", "--scale laptop",
-                     "--scale laptop --tasks 2", "--class-order natural --tasks 2"):
+                     "--scale laptop --tasks 2", "--class-order natural --tasks 2", "--class-order 4|7,1"):
             common = ["--dataset", dataset, "--replay", "all", *more.split()]
             ours, theirs = get_args(common), train_gr.get_args(common)
             for key in ("class_tasks", "tasks", "image_size", "flip", "seed", "scale", "dataset", "class_names"):

@@ -52,8 +52,7 @@ def tensors(x):
 
 class Tensor(torch.Tensor):
     """A tensor that says it is on cuda:0. Its numbers are in `inner`, on the CPU. Autograd takes it for one on meta.
-    Autocast leaves it alone, so that it stays in fp32.
-    """
+    Autocast leaves it alone, so that it stays in fp32."""
     device, is_cuda, is_meta = CUDA, True, False
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -119,8 +118,7 @@ class Graph:
 
 class GPU(TorchDispatchMode):
     """Sees every operation, autograd's and the optimizer's too. It refuses one that mixes devices, and notes in `waits`
-    where the host waits for the device.
-    """
+    where the host waits for the device."""
 
     def __init__(self):
         super().__init__()
@@ -184,8 +182,7 @@ shapes = functools.cache(data.load_images)
 @pytest.fixture
 def gpu(monkeypatch, main):
     """gpu.run(script, ...) runs it there, on few images with a tiny net. In an update the host may not wait. What would
-    be compiled runs as it is.
-    """
+    be compiled runs as it is."""
     def always(value):
         return lambda *arguments, **more: value
 
@@ -350,8 +347,7 @@ def apart(a, b, scale=None):
 
 def gradient_errors(net, images, device):
     """How far the gradient of each parameter, and of "all" together, is from that in fp32: of what --precision and
-    --compile are by default.
-    """
+    --compile are by default."""
     args = train_gd.get_args(["--device", device])
     device, autocast = run.start(args)
     reseed("gradients")
