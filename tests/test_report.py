@@ -168,8 +168,7 @@ def test_the_commands_make_the_runs_of_their_rows():
 # ---------------------------------------------------------------------------------- commands of what is missing
 
 def rows(main, *arguments):
-    done = main("report.py", "--rows", *arguments)
-    return done.stdout.splitlines()
+    return main("report.py", "--rows", *arguments).stdout.splitlines()
 
 
 def test_rows_prints_the_commands_of_a_table(tmp_path, main):
