@@ -194,7 +194,7 @@ def test_rows_prints_the_commands_of_a_table(tmp_path, main):
         "Table 1": 4 * 2, "Table 2": 2 + 2 * 3, "Table B.1": 3 * 2, "Table B.2": 6 * 2, "Table B.3": 2 + 4 * 3,
         "Table B.4": 2 + 2 * 2 + 8 * 3, "Table B.5": 2 + 2 * 2 + 8 * 3, "Figure 2": 2, "Figure 3": 3 * 2,
         "Figure 4": 4 * 2, "Figure 5": 6 * 2, "Figure 6": 4 * 2, "Figure B.1": 2, "Figure B.2": 10 * 2,
-        "lambda": (13 + 8 + 8) * 2, "JDCL": 8 * 2, "first step": 8 * 2, "solver": 6 * 2, "errors": 6 * 2, "ewc": 9 * 2,
+        "lambda": (13 + 8 + 8) * 2, "JDCL": 8 * 2, "first step": 8 * 2, "solver": 6 * 2, "errors": 9 * 2, "ewc": 9 * 2,
         "few labels": 8 * 2,
         "all": (13 + 1 + 12 + 7 + 7 + 8) * 2 + 11 + 2}
     for name, n in lines.items():
@@ -335,7 +335,7 @@ def test_shortened_runs_stand_apart(tmp_path):
     assert "Complete" not in text
     tiny = "Shortened: Fashion-MNIST, tiny scale, 16x16, 3 tasks"
     assert column(text, tiny, "↓ FID", TITLES["gd"]) == ["20.0 (1)"]
-    assert column(text, SHORTENED, "↑ old classes, %", TITLES["gd"], "`gd-2`", "3 of 5") == ["25.0 (1)"]
+    assert column(text, SHORTENED, "old classes, %", TITLES["gd"], "`gd-2`", "3 of 5") == ["25.0 (1)"]
     assert column(text, SHORTENED, "↓ FID", TITLES["gd"], "`gd-2-iterations50`", "5 of 5") == ["21.0 (1)"]
     assert column(text, SHORTENED, "↓ FID", "Joint") == ["24.0 (1)"]
 
