@@ -25,14 +25,15 @@ import run
 from ddim import T, alpha_bar, q_sample, reseed, sample
 from unet import NETS, UNet, misfit
 
+# What `learn` returns of an update; the loss must be first, the norm of the gradient last.
 LOG = ("loss", "loss_new", "loss_replay", "gradient_norm")
 
 # -------------------------------------------------------------------------------------------------- arguments
 
-# `length` has one value for each task; the last one repeats.
+# Defaults of the arguments. `length` has one value for each task; the last one repeats.
 PAPER = dict(class_order="random", length=("epochs", [100.0]), batch_size=128, lr=2e-4, unet="fashion-mnist",
              image_size=32, schedule="zero-snr", flip=False, sample_steps=10, teacher_steps=2, teacher_solver="ddim",
-             first_step="network", draw_ahead=8)  # the last is ours: a speed-up
+             first_step="network", draw_ahead=8)  # draw_ahead is ours, a speed-up
 # DEVIATION: the paper augments nothing, its released runs mirror CIFAR's images.
 # DEVIATION: on CIFAR-10 the paper evaluates with 20 DDIM steps in Section 4.2.2, with 10 and with 20 in A.5. Here: 20.
 CIFAR = dict(PAPER, length=("epochs", [200.0]), batch_size=64, unet="cifar10", flip=True, teacher_steps=10,
@@ -44,18 +45,18 @@ LAPTOP = dict(SMALL, length=("iterations", [600, 150]), lr=2e-3,
 GREY = {"paper": PAPER, "small": SMALL, "laptop": LAPTOP}
 COLOUR = {"paper": CIFAR, "small": dict(SMALL, unet="laptop-rgb", flip=True),
           "laptop": dict(LAPTOP, unet="laptop-rgb", flip=True)}
-PRESETS = {  # by dataset and scale: the paper's runs (Sections 4 and A.1), the same in miniature, a quick look
+PRESETS = {  # by dataset, then by scale. "paper" is as in its Sections 4 and A.1, "small" the same in miniature.
     "fashion-mnist": GREY, "shapes": GREY, "cifar10": COLOUR, "cifar100": COLOUR,
     "imagenet100": COLOUR | {"paper": dict(CIFAR, image_size=64)},
 }
 DRAWING = "teacher_steps", "teacher_solver", "first_step", "draw_ahead"  # arguments that only generated replay has
-# Of each choice the method, with which the run's name begins, and its title in tables and figures.
+# For each args.source the method, with which the run's name begins, and its title in tables and figures.
 METHODS = {"generated": ("gr", "Generative replay"), "buffer": ("er", "Experience replay"),
            "none": ("finetune", "Finetune"), "all": ("joint", "Joint")}
 
 
 def get_args(argv=None):
-    parser = run.parser(__doc__, __file__)  # --help shows the docstring
+    parser = run.parser(__doc__, __file__)  # --help shows the docstring and this file's name
     add = parser.add_argument
     add("--dataset", default="fashion-mnist", type=data.dataset, metavar="NAME|FOLDER",
         help=f"{', '.join(data.DATASETS)} or a folder of class folders (default: fashion-mnist)")
@@ -64,7 +65,7 @@ def get_args(argv=None):
     add("--buffer-size", type=run.positive(int), help="images the buffer holds in total (paper: 10, 100, 1000)")
     add("--teacher-steps", type=run.positive(int, T - 1), help="DDIM steps of the copy (paper: 2; CIFAR-10: 10)")
     add("--teacher-solver", choices=["ddim", "ipndm"], help="ipndm: of higher order, see ddim.py (paper: ddim)")
-    add("--first-step", choices=["network", "analytic"], help="analytic: one more, without the model, see ddim.py")
+    add("--first-step", choices=["network", "analytic"], help="analytic: one step more, at t = 999, without model")
     add("--draw-ahead", type=run.positive(int, 1e4), help="draw the replay of so many updates at once: faster")
     length = parser.add_mutually_exclusive_group()  # args.length is ("epochs", [E1, ...]) or ("iterations", [N1, ...])
     length.add_argument("--epochs", type=run.per_task(float, "epochs"), dest="length", metavar="E",
@@ -73,7 +74,7 @@ def get_args(argv=None):
                         help="updates of a task, in place of epochs: N, or N1,N2,...")
     add("--batch-size", type=run.positive(int), help="images of the current task per update (paper: 128; CIFAR-10: 64)")
     add("--lr", type=run.positive(float), help="learning rate of Adam (paper: 2e-4)")
-    add("--unet", choices=list(NETS), help="network (default: the paper's for the dataset)")
+    add("--unet", choices=list(NETS), help="network (default: by --dataset and --scale)")
     add("--init", metavar="PATH", help="start from these weights: a task<k>.pt, or diffusers' UNet2DModel .bin")
     add("--schedule", choices=["zero-snr", "linear"], help="noise schedule (default: zero-snr, as the released runs)")
     run.add_arguments(parser, scales=list(GREY))  # those of every train script: --scale, --seed, --compile, ...
@@ -85,7 +86,8 @@ def get_args(argv=None):
         preset.update(dict.fromkeys(DRAWING))  # None: it does not apply
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
-    run.describe(args, parser, info, preset, METHODS[args.source], "teacher_steps", "buffer_size")  # adds args.name
+    # This checks args and adds args.preset, args.name, which tells the values of the arguments named last, and more.
+    run.describe(args, parser, info, preset, METHODS[args.source], "teacher_steps", "buffer_size")
     if bool(args.buffer_size) != (args.source == "buffer") or (args.buffer_size or args.tasks) < args.tasks - 1:
         parser.error(f"--replay buffer goes with a --buffer-size of at least {max(1, args.tasks - 1)}, one a past task")
     if why := misfit(args.unet, info.channels, args.image_size):
@@ -99,7 +101,8 @@ def get_args(argv=None):
 def diffuse(x_0, abar):
     """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, each image with its own t from 0 .. T-1 and eps ~ N(0, I).
 
-    Returns x_t, t, eps. With torchrun each process draws the noise of the whole batch and returns its share of rows.
+    Returns x_t, t, eps. With torchrun each process draws the noise of the whole batch, as one process would. It returns
+    its share of the rows.
     """
     t = torch.randint(T, (len(x_0),), device=x_0.device)
     eps = torch.randn_like(x_0)
@@ -129,7 +132,7 @@ def losses(model, x_t, t, eps, replayed):
 
     DEVIATION: means over all elements, as in the released runs; the paper writes squared norms.
     """
-    if replayed is None:
+    if replayed is None:  # as in task 1
         return F.mse_loss(model(x_t, t), eps), torch.zeros((), device=x_t.device)
     x_r_t, t_r, target_r = replayed
     pred = model(torch.cat([x_t, x_r_t]), torch.cat([t, t_r]))  # one forward for both: (B + len(x_r_t), C, H, W)
@@ -141,8 +144,8 @@ def losses(model, x_t, t, eps, replayed):
 def batches(args, prev, abar, autocast, index, shape, k, begin, end):
     """Yield u, i, x_r for the updates u = begin .. end - 1 of task k.
 
-    i (B,) are indices of new images, out of `index`. x_r (B, C, H, W), floats in [-1, 1], are replayed images, `shape`
-    is (C, H, W). prev draws them for args.draw_ahead updates at once. x_r is None if it draws nothing.
+    `index` (n,) are the task's images, i (B,) those of a batch. x_r (B, C, H, W), floats in [-1, 1], are replayed, with
+    `shape` (C, H, W). prev draws them for args.draw_ahead updates at once. x_r is None if it draws nothing.
     """
     epoch_length = math.ceil(len(index) / args.batch_size)  # the last, smaller batch is kept
     for u in range(begin, end):
@@ -174,7 +177,8 @@ def main(argv=None):
     if args.source == "all":
         of_task = [torch.cat(of_task[:k]) for k in range(1, args.tasks + 1)]  # the images of all tasks so far are new
     shape = images.shape[1:]  # (C, H, W)
-    args.updates, args.preset_updates = (run.count_updates(how, of_task) for how in (vars(args), args.preset))
+    args.updates = run.count_updates(vars(args), of_task)  # by task
+    args.preset_updates = run.count_updates(args.preset, of_task)  # report.py compares them
 
     # The networks, the run folder, and where the run stands.
     reseed(args.seed, "weights")
@@ -205,9 +209,10 @@ def main(argv=None):
         # DEVIATION: as in the released runs, and unsaid in the paper, Adam starts afresh with every task and the norm
         # of the gradient is clipped at 1. "fused" makes it one kernel; "capturable" lets a CUDA graph record it.
         optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=device.type != "mps", capturable=graphs)
-        prev.load_state_dict(state.get("prev", model.state_dict()))  # the model so far; a stopped task has saved it
+        prev.load_state_dict(model.state_dict())
         log = torch.zeros(end, len(LOG), device=device)  # a row for each update
         if state["update"]:  # the run was stopped inside this task
+            prev.load_state_dict(state["prev"])
             run.restore(optimizer, state["optimizer"])  # its moments, not its settings
             log.copy_(state["log"])
 
@@ -221,9 +226,10 @@ def main(argv=None):
             loss = part_new * loss_new + (1 - part_new) * loss_replay
             optimizer.zero_grad()
             loss.backward()
+            # With torchrun this makes each gradient, too, the mean over the processes.
             means = run.mean_over_processes(model, [loss, loss_new, loss_replay])
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            run.skip_if_broken(optimizer, norm)  # if the norm is not finite, the step changes nothing (but on mps)
+            run.skip_if_broken(optimizer, norm)  # sets a flag: fused Adam does not step if the norm is not finite
             optimizer.step()
             return torch.cat([means, norm[None]])
 
