@@ -1,10 +1,8 @@
 """How fast and how large an update is: these scripts, diffusers' U-Net, the floor of the arithmetic, the paper's GPU.
 
-Ours     A train script in a process of its own learns two tasks of random images. The records of task 2 in its
-         metrics.jsonl are the measurement. Those that begin in the first 10 updates (on a CPU 1) are left out, as
-         kernels are chosen and compiled there. A record is a mean of up to 50 updates. JDCL's replay is random too,
-         because a model of a few updates draws no image of some class. Its stage 2 is measured with the classifier's
-         terms on.
+Ours     A train script in a process of its own learns two tasks of random images. Measured are the records of task 2 in
+         metrics.jsonl, means of up to 50 updates, but for the first 10 updates (on a CPU 1), where kernels are chosen
+         and compiled. JDCL's replay is random too, and its stage 2 has the classifier's terms on.
 Variants The same with one thing changed: each update launched kernel by kernel ("no graph"), the nets in
          "channels_last", compiled by "max-autotune-no-cudagraphs", another --draw-ahead.
 Peer     The same update on diffusers' UNet2DModel, with the same weights and outputs, DDIMScheduler and plain Adam.
@@ -15,12 +13,8 @@ Floor    FLOP of all forward passes, a backward pass counted as two, at the spee
 FID      Features of 32x32 images by FID's network, with random weights.
 
 The rows of a group are measured in turn, twice, so that a machine that slows down slows all of them. Mean and deviation
-are over the records of both times, weighted by updates.
-
-images/s     new images, not replayed ones
-peak MB      allocated on the device; on a CPU that of the whole process
-parameters   of all networks that the method needs
-paper        Table B.1 of arXiv 2311.14028, on a GTX 1080 Ti
+are weighted by updates; images/s are of new images, parameters of all networks that the method needs. "paper" is Table
+B.1 of arXiv 2311.14028, on a GTX 1080 Ti.
 
     python tests/benchmark.py [--minutes 30] [--scale laptop] [--rows '*gd*' 'fid*'] [--out FILE.json]
 """

@@ -1,7 +1,4 @@
-"""The CUDA path: on a GPU that is not there, and on a real one where there is one.
-
-Run: python -m pytest tests/test_cuda.py
-"""
+"""The CUDA path: on a GPU that is not there, and on a real one where there is one."""
 
 import contextlib
 import functools
@@ -48,7 +45,6 @@ def each(function, x):
 
 
 def tensors(x):
-    """All tensors in lists, tuples and dicts."""
     found = []
     each(lambda value: found.append(value) if isinstance(value, torch.Tensor) else None, x)
     return found
@@ -245,8 +241,7 @@ def gpu(monkeypatch, main):
 
     def on_gpu(script, *flags):
         with Names(), gpu:
-            done = main(script, *flags, "--device", "cuda")
-        assert done.returncode == 0, done.stderr
+            main(script, *flags, "--device", "cuda")
     gpu.run = on_gpu
     with sdpa_kernel(SDPBackend.MATH):
         yield gpu
@@ -257,7 +252,6 @@ GRGD = [*TWO_TASKS, "--batch-size", "32", "--iterations", "5,9"]  # a short batc
 
 
 def recorded_is_plain(gpu, main, script, *more):
-    """The recorded update of a run leads bitwise where the same update leads on the CPU, kernel by kernel."""
     gpu.run(script, *GRGD, *more, "--out", "recorded")
     assert len(gpu.graphs) == 2 and gpu.graphs[1].replays > 3
     main(script, *GRGD, *more, "--device", "cpu", "--out", "plain")
@@ -355,7 +349,6 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUD
 
 
 def elsewhere(function, *arguments):
-    """function(*arguments) in a new process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -431,8 +424,7 @@ def test_a_run_on_cuda_goes_on(script, tmp_path):
     command = ["train_gd.py", *TINY[:-1], "cuda", "--tasks", "2", "--iterations", "20", "--draw-ahead", "8",
                "--save-every", "7"]
     for out, *flags in ("default",), ("unbroken", "--precision", "fp32"):
-        done = script(*command, *flags, "--out", out, timeout=900)
-        assert done.returncode == 0, done.stderr
+        script(*command, *flags, "--out", out, timeout=900)
     config = json.loads((tmp_path / "default/config.json").read_text())
     assert (config["precision"], config["compile"]) == ("bf16", True), "the default of a GPU that has bf16"
     process = start(tmp_path, *command, "--precision", "fp32", "--out", "broken")
@@ -441,7 +433,7 @@ def test_a_run_on_cuda_goes_on(script, tmp_path):
     finally:
         process.kill()
         process.communicate(timeout=60)
-    assert script(*command, "--precision", "fp32", "--out", "broken", timeout=900).returncode == 0
+    script(*command, "--precision", "fp32", "--out", "broken", timeout=900)
     for one, two, three in zip(*(lives(tmp_path / out) for out in ("unbroken", "broken", "default")), strict=True):
         assert (one["task"], one["update"]) == (two["task"], two["update"])
         for key in ("loss_new", "loss_replay"):
@@ -476,7 +468,6 @@ def test_samples_on_cuda_are_those_of_a_cpu(exact, net, schedule, clip):
 
 @needs_cuda
 def test_features_on_cuda_are_those_of_a_cpu(exact, tmp_path):
-    """Of the labeller and of FID's network, with random weights."""
     reseed("features")
     images, network = torch.randint(256, (4, 1, 32, 32), dtype=torch.uint8), dict(channels=1, classes=10)
     torch.save({"model": resnet18(**network).state_dict(), "network": dict(network, imagenet=False), "images": "",

