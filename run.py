@@ -660,7 +660,7 @@ class Progress:
 
 def check_finite(log, names, model, task):
     """Stop the run if a weight is not finite, or first or last in a row of `log`: the loss, the gradient's norm."""
-    bad = (~log[:, [0, -1]].isfinite()).any(1).nonzero()
+    bad = (~(log[:, 0] + log[:, -1]).isfinite()).nonzero()
     u = int(bad[0, 0]) if len(bad) else len(log) - 1
     if len(bad) or not torch.stack([p.sum() for p in model.parameters()]).isfinite().all():
         terms = ", ".join(f"{name} {value:g}" for name, value in zip(names, log[u].tolist()))
