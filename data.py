@@ -133,6 +133,18 @@ def digest(u8, y):
     return hashlib.sha256(repr(u8.shape).encode() + b"".join(each)).hexdigest()[:16]
 
 
+def preset(presets, first):
+    """The Info of first.dataset, and presets[like][first.scale], a dict, with "tasks" added.
+
+    Images of one's own may lack the classes that a preset states. Their order is random.
+    """
+    about = info(first.dataset, first.data_dir)
+    found = dict(presets[about.like][first.scale])
+    if about.name not in DATASETS and "|" in found["class_order"]:
+        found["class_order"] = "random"
+    return about, dict(found, tasks=count_tasks(first.class_order or found["class_order"]))
+
+
 def count_tasks(order):
     """How many tasks a class order states; 5, the papers' number, for "random" and "natural"."""
     return 5 if order in ("random", "natural") else order.count("|") + 1
@@ -450,18 +462,19 @@ OPS = {
 }
 
 
-def mirrored(u8, flip):
+def random_mirror(u8, flip):
     """Each image mirrored left to right with p = 1/2 if `flip`."""
     return torch.where(torch.rand(len(u8), 1, 1, 1, device=u8.device) < 0.5, u8.flip(3), u8) if flip else u8
 
 
 def diffusion_view(u8, flip, smallest):
-    """mirrored, then a random part of each image enlarged to the image's size, as by torchvision's RandomResizedCrop.
+    """random_mirror, then a random part of each image enlarged to the image's size, as by torchvision's
+    RandomResizedCrop.
 
     The part has area U[smallest, 1] of the image and aspect ratio exp(U[log 3/4, log 4/3]), rounded to h x w pixels:
     the first of 10 candidates that fits, else the whole image.
     """
-    u8 = mirrored(u8, flip)
+    u8 = random_mirror(u8, flip)
     if smallest == 1:
         return u8
     B, side, device = len(u8), u8.shape[3], u8.device
@@ -484,9 +497,9 @@ def enlarge(u8, corner, size):
 
 
 def weak_view(u8, flip):
-    """mirrored, then moved by up to min(4, side / 8) pixels along both axes; the border is reflected."""
+    """random_mirror, then moved by up to min(4, side / 8) pixels along both axes; the border is reflected."""
     side, pad, b = u8.shape[3], min(4, u8.shape[3] // 8), torch.arange(len(u8), device=u8.device)
-    wide = F.pad(mirrored(u8, flip).float(), [pad] * 4, mode="reflect")  # as torch reflects no uint8
+    wide = F.pad(random_mirror(u8, flip).float(), [pad] * 4, mode="reflect")  # as torch reflects no uint8
     y, x = torch.randint(2 * pad + 1, (2, len(u8)), device=u8.device)
     return wide.unfold(2, side, 1).unfold(3, side, 1)[b, :, y, x].to(torch.uint8)
 

@@ -119,7 +119,7 @@ BEYOND = {  # docs/beyond.md, docs/jdcl.md
                             for step in ("", " --first-step analytic")),
     "solver": ", ".join(f"{base} --teacher-steps {n}" for base in ("gr", "gd")
                         for n in ("5", "5 --teacher-solver ipndm", "10")),
-    "errors": "joint, finetune, gr, gd, lwf, noise",
+    "errors": "joint, finetune, er-10, er-100, er-1000, gr, gd, lwf, noise",
     "ewc": "gd, " + ", ".join(f"{base} --ewc {weight}" for base in ("ewc", "ewc-random")
                               for weight in (15, 150, 1500, 15000)),
     "few labels": ", ".join(f"jdcl --labels {share}{alone}{order}" for share in (0.05, 0.008)
@@ -130,16 +130,17 @@ INTRODUCTION = """# Results
 Ours are mean ± standard error (sample standard deviation / √n) over n seeds, and (n). A dash was not measured, or is
 not in the paper. What is not as in the paper stands beside ours; the paper's ACC are with `--replay-loss reversed`.
 Shortened runs compare with nothing in the paper. frd is not FID: its features are another network's. Frd by task is the
-mean over tasks of the frd of each task's images, its forgetting how much that has grown since each task was new. ms are
-means over the last 1000 updates; the paper's are ± standard deviation, of a GeForce 1080 Ti. Parameters are those of
-all networks that a method trains with. JDCL's values are from a third party's notes and unverified, but for 83.69 and
-64.47, which a second source has too; ? is unknown.
+mean over tasks of the frd of each task's images, its forgetting how much that has grown since each task was new. A run
+that draws fewer than two images of a task is left out of these two. ms are means over the last 1000 updates; the
+paper's are ± standard deviation, of a GeForce 1080 Ti. Parameters are those of all networks that a method trains with.
+JDCL's values are from a third party's notes and unverified, but for 83.69 and 64.47, which a second source has too; ?
+is unknown.
 
 """
 METRICS = {  # header and decimals; beside the papers' values ours have as many decimals as they
     "average_accuracy": ("↑ accuracy, %", 2), "average_forgetting": ("↓ forgetting, %", 2),
     "fid": ("↓ FID", 1), "frd": ("↓ frd", 1), "afrd": ("↓ frd by task", 1), "frd_forgetting": ("↓ its forgetting", 1),
-    "kld": ("↓ KLD", 2), "share_old": ("↑ old classes, %", 1),
+    "kld": ("↓ KLD", 2), "share_old": ("old classes, %", 1),
     "acc": ("↑ ACC", 2), "ms": ("↓ ms per update", 1), "parameters": ("parameters", 0), "seconds": ("seconds", 0),
     "peak_memory_mb": ("peak memory, MB", 0)}
 # The methods in the order of tables and figures, with their colours. Any other comes after them, in a spare colour.
@@ -169,7 +170,7 @@ def get_args(argv=None):
         help="print the commands of what a table or figure lacks: 'Table B.2', 'Figure 4', lambda, JDCL, all, ...")
     add("--scale", default="paper", choices=["paper", "small", "laptop"], help="of --rows")
     add("--dataset", default="fashion-mnist", type=data.dataset, metavar="NAME|FOLDER",
-        help="of --rows (default: fashion-mnist; Table B.5 is cifar10's)")
+        help="of --rows (default: fashion-mnist; Table B.5 and JDCL's are cifar10's)")
     add("--seeds", default=[42, 69, 1714], type=run.per_task(int), help="of --rows (default: the paper's, 42,69,1714)")
     args = parser.parse_args(argv)
     for key in ("out", "save", "figures", "device") if args.rows else ("scale", "dataset", "seeds"):
@@ -335,8 +336,8 @@ def find(folders):
         for r in same:
             if r.record["config"] != best.record["config"]:
                 print(f"{r.path}: left out, {r.name} with seed {r.seed} was read from {best.path}", file=sys.stderr)
-            elif r.path.is_dir() and not best.folder:
-                best.folder = r.path  # has the models and pictures
+        folders = [r.path for r in same if r.path.is_dir() and r.record["config"] == best.record["config"]]
+        best.folder = max(folders, key=lambda path: len([*path.glob("task*.pt")]), default=None)  # most models
     runs.sort(key=lambda r: (r.dataset_name, r.row, r.scale, r.seed))
     for r in runs:
         r.colour = COLOURS.get(r.method) or spare.setdefault(r.label, SPARE[len(spare) % len(SPARE)])
@@ -402,15 +403,19 @@ def mean_and_error(v):
     return statistics.fmean(v), statistics.stdev(v) / len(v) ** 0.5 if len(v) > 1 else 0.0
 
 
-def cells(runs, metric, digits, in_paper):
-    """["23.5 ± 1.1 (3), n 2000", ...] after the runs' last tasks, one for each list of conditions."""
+def shared(runs, metric):
+    """The conditions that all values of a metric have."""
+    return set.intersection(*map(set, values(runs, metric) or [()]))
+
+
+def cells(runs, metric, digits, unsaid):
+    """["23.5 ± 1.1 (3), n 2000", ...] after the runs' last tasks, one for each list of conditions, less the unsaid."""
     found, texts = values(runs, metric), []
     for conditions, v in sorted(found.items(), key=lambda item: (len(item[0]), item)):  # the paper's first
         mean, error = (100 * x if "%" in METRICS[metric][0] else x for x in mean_and_error(v))
         error = f" ± {error:.{digits}f}" * (len(v) > 1) + f" ({len(v)})"
         text = f"{mean:,.{digits}f}" + error * (metric != "parameters")
-        texts.append(", ".join([text, *(said for said in conditions if len(found) > 1 or (
-            in_paper and not said.startswith("labeller")))]))
+        texts.append(", ".join([text, *(said for said in conditions if said not in unsaid)]))
     return texts or ["–"]
 
 
@@ -434,8 +439,10 @@ def beside_the_papers(runs):
             for cell, text, (column, metric) in zip(columns, printed, asked):
                 if "–" not in (place, text):
                     digits = METRICS[metric][1] if text == "?" else len(text.split()[0].partition(".")[2])
-                    some = [r for r in runs if r.complete and (r.place, r.column) == (place, column)]
-                    cell += cells(some, metric, digits, in_paper=True)
+                    beside = [r for r in runs if r.complete and r.column == column]
+                    one_labeller = {said for said in shared(beside, metric) if said.startswith("labeller")}
+                    some = {(r.seed, r.precision): r for r in beside if r.place == place}  # auto or typed
+                    cell += cells(some.values(), metric, digits, one_labeller)
                     base = place.split()[0]
                     command = command or f"`python {COMMANDS[base]}{place[len(base):]} --dataset {column}`"
             kinds = ["paper"] + ["ours"] * (max(map(len, columns)) - 1)
@@ -454,7 +461,7 @@ def all_tables(runs):
         rows = group(some, lambda r: r.row).values()
         metrics, table = [m for m in METRICS if any(values(same, m) for same in rows)], []
         for same in rows:
-            r, measured = same[0], [cells(same, m, METRICS[m][1], in_paper=False) for m in metrics]
+            r, measured = same[0], [cells(same, m, METRICS[m][1], shared(some, m)) for m in metrics]
             typed = re.sub(r" --seed[= ]\S+", "", re.sub(r"\S*/(train_\w+\.py)", r"\1", r.command))
             table.append([[r.title], [f"`{r.name}`"], [f"{r.done} of {r.tasks}"], *measured, [f"`{typed}`"]])
         yield markdown(title, ["Strategy", "name", "tasks", *(METRICS[m][0] for m in metrics), "command"], table)
@@ -541,7 +548,7 @@ def curve_figures(runs):
     values were measured.
     """
     measured = [(metric, conditions) for r in runs for metric, _, conditions in r.values]
-    quality, last = "fid" if "fid" in dict(measured) else "frd", runs[0].tasks
+    quality, last = max("fid", "frd", key=[metric for metric, _ in measured].count), runs[0].tasks
     plain = [r for r in runs if "lam" not in r.departs and not r.variant]
 
     def pick(runs, metric, task):

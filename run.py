@@ -102,8 +102,8 @@ def add_arguments(parser, scales):
     add = parser.add_argument
     add("--scale", default="paper", choices=scales,
         help="paper: the paper's run; small: the same at 16x16; laptop: a quick look at 16x16")
-    add("--tasks", type=positive(int), help="number of tasks (paper: 5); where a --class-order is stated, as at "
-        "laptop scale, its first so many")
+    add("--tasks", type=positive(int), help="number of tasks (paper: 5); where their classes are stated, by "
+        "--class-order or by the laptop scale, the first so many")
     add("--class-order", help="random (by the seed), natural, or '0,1|2,7' states the classes of each task")
     add("--seed", type=whole, default=42, help="of weights, class order and noise (paper: 42, 69, 1714)")
     add("--image-size", type=positive(int, 4096), help="side to which images are brought (paper: 32, ImageNet-100 64)")
@@ -146,15 +146,17 @@ def spread(values, tasks):
     return (values + values[-1:] * tasks)[:tasks]
 
 
-def count_updates(length, batch_size, sizes):
-    """The updates of each task, of which `sizes` are the numbers of images; the last, smaller batch of a pass is kept.
+def count_updates(how, of_task):
+    """The updates of each task, whose images `of_task` lists; the last, smaller batch of a pass is kept.
 
-    length is ("iterations", updates by task) or ("epochs", passes by task); the last value repeats.
+    how has "batch_size" and "length", ("iterations", updates by task) or ("epochs", passes by task).
     """
-    values = spread(length[1], len(sizes))
-    if length[0] == "iterations":
+    unit, values = how["length"]
+    values = spread(values, len(of_task))
+    if unit == "iterations":
         return values
-    return [max(1, round(passes * math.ceil(n / batch_size))) for passes, n in zip(values, sizes)]
+    return [max(1, round(passes * math.ceil(len(images) / how["batch_size"])))
+            for passes, images in zip(values, of_task)]
 
 
 def interval(text):
@@ -169,7 +171,7 @@ interval.__name__ = "number of updates (500) or minutes (10m)"  # argparse names
 
 def departures(parser, args, *besides):
     """{argument: value} of what differs from the preset, the parser's defaults, but for `besides` and the machine's."""
-    others = ("dataset", "scale", "seed", *TYPED, *besides)
+    others = ("dataset", "scale", "seed", "source", *TYPED, *besides)
     return {key: value for key, value in vars(args).items() if key not in others and value != parser.get_default(key)}
 
 
@@ -185,11 +187,23 @@ def run_name(base, departs, scale):
     return "-".join([base, *(re.sub(r"[^\w.-]+", "_", tag) for tag in tags)])
 
 
-def describe(args, parser, info, preset, departs):
-    """Write into args, and so into config.json, what other scripts want to know: info is the dataset's, see data.py."""
+def describe(args, parser, info, preset, method, *counts):
+    """Check args against the preset, and write into them what config.json is to tell other scripts.
+
+    info is the dataset's, see data.py; method has a name and a title. args.base, with which the run's name begins, is
+    the name and those of the arguments `counts` that apply. In a preset None means that an argument does not apply.
+    """
+    for key, value in preset.items():
+        if value is None and getattr(args, key) is not None:
+            parser.error(f"--{key.replace('_', '-')} does nothing beside the other arguments: leave it out")
+    args.departs = departures(parser, args, *counts)
+    args.method, args.title = method
+    if "length" in args.departs and len(args.length[1]) > args.tasks:  # a preset may state more than --tasks leaves
+        parser.error(f"--{args.length[0]} takes at most one value for each of the {args.tasks} tasks")
+    args.base = "-".join([args.method, *(str(getattr(args, key)) for key in counts if getattr(args, key))])
+    args.name = run_name(args.base, args.departs, args.scale)
     args.class_names, args.dataset_name, args.dataset_title = info.classes, info.name, info.title
-    args.departs, args.preset, args.script = departs, preset, parser.prog
-    args.name = run_name(args.base, departs, args.scale)
+    args.preset, args.script = preset, parser.prog
 
 
 # ----------------------------------------------------------------------------------- device, speed, processes
@@ -248,11 +262,12 @@ def start(args):
 
 def eager(now=True):
     """`with eager(now):` nothing compiled is used if `now`: for inputs of a rare shape, not worth compiling for."""
-    return torch.compiler.set_stance("force_eager") if now else nullcontext()
+    compiled = "torch._dynamo" in sys.modules  # where nothing is compiled, it is not imported either
+    return torch.compiler.set_stance("force_eager") if now and compiled else nullcontext()
 
 
 class CUDAGraph:
-    """function(*inputs), CUDA tensors of so many rows, as one CUDA graph: all its kernels are launched at once.
+    """function(*inputs), CUDA tensors of so many rows or None, as one CUDA graph: all its kernels are launched at once.
 
     The first three calls run as usual, so that kernels are chosen and compiled. The fourth is recorded, and from then
     on the record is played with new inputs. Inputs of fewer rows run as usual. The function may not wait for the
@@ -276,12 +291,13 @@ class CUDAGraph:
             torch.cuda.current_stream().wait_stream(self.stream)
             return output
         if self.graph is None:
-            self.inputs, self.graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+            self.inputs, self.graph = [x if x is None else x.clone() for x in inputs], torch.cuda.CUDAGraph()
             gc.collect()  # now, as nothing may be freed while recording
             with torch.cuda.graph(self.graph, stream=self.stream):  # computes nothing yet
                 self.output = self.function(*self.inputs)
         for mine, given in zip(self.inputs, inputs):
-            mine.copy_(given)
+            if given is not None:
+                mine.copy_(given)
         self.graph.replay()
         return self.output
 
@@ -305,7 +321,7 @@ def gather(x, n):
     return batch
 
 
-def average(model, losses):
+def mean_over_processes(model, losses):
     """The means of `losses`, scalars, over all processes, (len(losses),); each p.grad becomes its mean too."""
     losses = torch.stack(losses).detach().float()
     if world > 1:
@@ -336,7 +352,7 @@ def open_folder(config):
     """
     machine = dict(torch=torch.__version__, processes=world, threads=torch.get_num_threads(),
                    processor=torch.backends.cpu.get_cpu_capability())
-    about = dict(format=2, command=shlex.join(["python", *sys.argv]), commit=commit())
+    about = dict(format=3, command=shlex.join(["python", *sys.argv]), commit=commit())
     config = json.loads(json.dumps({**config, **about, **machine}))
     folder = Path(config["out"] or Path("runs", config["dataset_name"], config["name"], f"seed{config['seed']}"))
 
@@ -580,11 +596,15 @@ def latest(folder, tasks, device="cpu"):
 # --------------------------------------------------------------------------------------------- records, progress
 
 class Progress:
-    """The live line and the records in metrics.jsonl; those after `state` are dropped. `updates` is a list by task."""
+    """The live line and the records in metrics.jsonl; those after `state` are dropped.
 
-    def __init__(self, folder, state, updates, device):
-        self.path, self.updates, self.device = folder / "metrics.jsonl", updates, device
-        self.bar = tqdm(disable=True)
+    `updates` are the updates of each task, `names` those of the values in a row of the log. A loss that an update does
+    not have is NaN there.
+    """
+
+    def __init__(self, folder, state, updates, names, device):
+        self.path, self.updates, self.names, self.device = folder / "metrics.jsonl", updates, names, device
+        self.bar, self.recorded = tqdm(disable=True), (0, 0)  # task and update of the last record
         if rank:
             return
         try:
@@ -592,6 +612,7 @@ class Progress:
             records = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut the last line short
             records = [r for r in records if (r["task"], r["update"]) <= (state["task"], state["update"])]
             self.begun = time.perf_counter() - (records[-1]["seconds"] if records else 0)
+            self.recorded = (records[-1]["task"], records[-1]["update"]) if records else self.recorded
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"{self.path} is damaged; delete it, and the same command goes on") from error
         replace(self.path, lambda file: file.write("".join(json.dumps(r) + "\n" for r in records).encode()))
@@ -602,41 +623,48 @@ class Progress:
         self.bar.close()
         self.bar = tqdm(total=self.updates[task - 1], initial=update, desc=f"task {task}/{len(self.updates)}",
                         disable=True if rank else None, leave=False)  # None: no line where there is no terminal
-        self.task, self.last, self.since, self.seen = task, update, time.perf_counter(), 0
+        self.task, self.last, self.since, self.images = task, update, time.perf_counter(), 0
 
-    def step(self, images):
-        """Call it after every update, with the number of new images in its batch."""
+    def step(self, update, images, log, model, check=False, record=False, more=dict):
+        """Call it after update 1, 2, ... of the task, with the number of its new images and the log, a row an update.
+
+        Every few updates, or if `record`, it adds a record: means over the updates since the record before, and what
+        the function `more` returns, whose time is not counted. It stops the run if what is to be recorded, or to be
+        saved after this `check`, is not finite.
+        """
         self.bar.update()
-        self.seen += images
-
-    def record(self, update, losses, more=dict):
-        """Add a record: `losses`, floats by name, and what the function `more` returns; its time is not counted."""
-        if rank:
+        self.images += images
+        n = self.updates[self.task - 1]
+        record = record or update % max(1, min(50, n // 20)) == 0 or update == n
+        if record or check:
+            check_finite(log[:update], self.names, model, self.task)
+        if not record or rank:
             return
-        n, now = self.updates[self.task - 1], time.perf_counter()
-        seconds = (now - self.since) / (update - self.last)
-        record = {"task": self.task, "update": update, **losses, "ms_per_update": round(1000 * seconds, 2),
-                  "images_per_s": round(self.seen / (now - self.since), 1),
-                  "peak_memory_mb": peak_memory_mb(self.device), "seconds": round(now - self.begun, 2), **more()}
+        now, begin = time.perf_counter(), self.recorded[1] if self.recorded[0] == self.task else 0
+        seconds, means = (now - self.since) / (update - self.last), log[begin:update].nanmean(0).tolist()
+        means = {name: mean for name, mean in zip(self.names, means) if not math.isnan(mean)}
+        row = {"task": self.task, "update": update, **means, "ms_per_update": round(1000 * seconds, 2),
+               "images_per_s": round(self.images / (now - self.since), 1),
+               "peak_memory_mb": peak_memory_mb(self.device), "seconds": round(now - self.begun, 2), **more()}
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        said = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in losses.items())
+            file.write(json.dumps(row) + "\n")
+        said = ", ".join(f"{name.replace('_', ' ')} {mean:.4g}" for name, mean in means.items())
         said += f", {1000 * seconds:.1f} ms"
         self.bar.set_postfix_str(said)
-        self.last, self.since, self.seen = update, time.perf_counter(), 0
+        self.recorded, self.last, self.since, self.images = (self.task, update), update, time.perf_counter(), 0
         if update == n:
             self.bar.close()
             print(f"task {self.task}/{len(self.updates)}: {n} updates, {said} per update, {now - self.begun:.0f} s "
                   "so far", flush=True)
 
 
-def check_finite(log, names, model, task, before=0):
-    """Stop the run if a weight is not finite, or a row of `log` (updates, len(names)), which begins after `before`."""
-    bad = (~log.isfinite()).any(1).nonzero()
+def check_finite(log, names, model, task):
+    """Stop the run if a weight is not finite, or first or last in a row of `log`: the loss, the gradient's norm."""
+    bad = (~(log[:, 0] + log[:, -1]).isfinite()).nonzero()
     u = int(bad[0, 0]) if len(bad) else len(log) - 1
     if len(bad) or not torch.stack([p.sum() for p in model.parameters()]).isfinite().all():
         terms = ", ".join(f"{name} {value:g}" for name, value in zip(names, log[u].tolist()))
-        raise InputError(f"task {task} has diverged by update {before + u + 1} ({terms}): lower --lr or use "
+        raise InputError(f"task {task} has diverged by update {u + 1} ({terms}): lower --lr or use "
                          "--precision fp32, with another --out or --restart; what was saved before is intact")
 
 

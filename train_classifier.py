@@ -220,7 +220,7 @@ def main(argv=None):
     # goes on from the task before and a pass is over all of it, so that the updates grow with the tasks.
     if args.replay == "all":
         of_task = [torch.cat(of_task[:k]) for k in range(1, tasks + 1)]
-    updates, preset_updates = (run.count_updates(length, BATCH, [len(index) for index in of_task])
+    updates, preset_updates = (run.count_updates({"length": length, "batch_size": BATCH}, of_task)
                                for length in (args.length, args.preset_length))
 
     # All that decides the numbers, and whether they are there already.
@@ -272,7 +272,7 @@ def main(argv=None):
                 order = index[torch.randperm(len(index)).to(device)]
             reseed(args.seed, "classifier", k, u)
             i = order[b * BATCH:(b + 1) * BATCH]
-            x_0, y = data.normalize(data.mirrored(images[i], args.flip)), labels[i]
+            x_0, y = data.normalize(data.random_mirror(images[i], args.flip)), labels[i]
             x_r = None
             if replaying:
                 x_r = pool[torch.randint(len(pool), (len(i),), device=device)] if args.pool else draw(len(i))

@@ -101,25 +101,24 @@ def get_args(argv=None):
 
     # A first look finds the preset. It becomes the defaults of the parser, so that the command line wins.
     first, _ = parser.parse_known_args(argv)
-    info = data.info(first.dataset, first.data_dir)
-    preset = dict(PRESETS[info.like][first.scale])
-    preset["tasks"] = data.count_tasks(first.class_order or preset["class_order"])
+    info, preset = data.preset(PRESETS, first)
     if first.source != "generated":
         preset["local_init"] = "global"  # with no stage 2, they go on from the model before
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
-    departs = run.departures(parser, args, "source")
+    run.describe(args, parser, info, preset, METHODS[args.source])
     args.class_tasks = data.class_tasks(len(info.classes), args.tasks, args.class_order, args.seed)
+    args.schedule = "jdcl"
 
     two_stages = ["kd_weighting", "local_init", "global_iterations", "classifier_start"]
     drawing = ["no_kd", "one_stage", "teacher", "replay_per_class", "replay_steps", "replay_cap"]
     idle = ((drawing + two_stages) * (args.source != "generated") + (["labels"] + two_stages) * args.one_stage
             + ["kd_weighting"] * args.no_kd + ["labelled_only"] * (not args.labels))
     for key in idle:
-        if key in departs:
+        if key in args.departs:
             parser.error(f"--{key.replace('_', '-')} does nothing beside the other arguments: leave it out")
     for key, most in ("local_iterations", args.tasks), ("global_iterations", max(1, args.tasks - 1)):
-        if len(departs.get(key, [])) > most:
+        if len(args.departs.get(key, [])) > most:
             parser.error(f"--{key.replace('_', '-')} takes at most {most} values here")
     if args.source == "generated" and not args.one_stage and args.classifier_start >= min(args.global_iterations):
         parser.error(f"--classifier-start {args.classifier_start} must be below --global-iterations")
@@ -130,10 +129,6 @@ def get_args(argv=None):
         parser.error(f"--batch-size must be {least} or more here")
     if why := misfit(args.unet, info.channels, args.image_size):
         parser.error(why)
-
-    args.method, args.title = METHODS[args.source]
-    args.base, args.schedule = args.method, "jdcl"
-    run.describe(args, parser, info, preset, departs)
     return args
 
 
@@ -342,7 +337,7 @@ def learn(job, stage, saved, losses, x_r=None):
     args, model, k = job.args, job.model, job.k
     before, n = (0, job.n_local) if stage == "local" else (job.n_local, job.n_global)  # updates before the stage, in it
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.01, fused=job.device.type != "mps")
-    log, start, every = torch.zeros(n, len(LOG), device=job.device), 0, max(1, min(50, n // 20))
+    log, start = torch.zeros(before + n, len(LOG), device=job.device), 0  # a row for each update of the task
     if "optimizer" in job.state:  # the run was stopped inside this stage
         saved, start = job.state, job.state["update"] - before
         run.restore(optimizer, saved["optimizer"])
@@ -357,29 +352,21 @@ def learn(job, stage, saved, losses, x_r=None):
             terms = losses(u)
         optimizer.zero_grad()
         terms["loss"].backward()
-        means = run.average(model, [terms.get(name, torch.zeros_like(terms["loss"])) for name in LOG[:-1]])
+        means = run.mean_over_processes(model, [terms.get(name, terms["loss"] * math.nan) for name in LOG[:-1]])
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         run.skip_if_broken(optimizer, norm)
         optimizer.step()
         job.count += 1
         update_ema(job.ema, model, job.count, args.ema_decay)
-        log[u] = torch.cat([means, norm[None]])
-        job.progress.step(args.batch_size)
+        update = before + u + 1
+        log[update - 1] = torch.cat([means, norm[None]])
 
         # Once in a while a record, accuracies or a checkpoint: only here does the script wait for the device.
-        done = u + 1
-        evaluating = done % args.eval_every == 0 or done == n
-        recording = done % every == 0 or evaluating
-        saving = run.save_due(args.save_every, before + done)
-        if recording or saving:
-            run.check_finite(log[:done], LOG, model, k, before)
-        if recording:
-            recent = log[u // every * every:done].mean(0).tolist()  # since the last multiple of `every`
-            told = {name: value for name, value in zip(LOG, recent) if name in (*terms, "gradient_norm")}
-            job.progress.record(before + done, told, lambda: {
-                "stage": stage, **(measure(job, x_r) if evaluating else {})})
+        saving, evaluating = run.save_due(args.save_every, update), (u + 1) % args.eval_every == 0 or u + 1 == n
+        job.progress.step(update, args.batch_size, log, model, saving, evaluating, lambda: {
+            "stage": stage, **(measure(job, x_r) if evaluating else {})})
         if saving:
-            run.save_checkpoint(job.folder, snapshot(job, update=before + done, stage=stage, log=log,
+            run.save_checkpoint(job.folder, snapshot(job, update=update, stage=stage, log=log,
                                                      optimizer=optimizer.state_dict()))
 
 
@@ -396,7 +383,8 @@ def learn_local(job, previous):
         if not labelled:
             u8, y = pick(real, args.batch_size)
             return joint_losses(args, job.model, *make_batch(job, args.crop[0], u8, y, (args.classifier_view, u8)))
-        # DEVIATION: released runs with few labels have an EMA decay of 0.999, CIFAR-10's with 5 % a batch of 128.
+        # DEVIATION: released runs with few labels have an EMA decay of 0.999, CIFAR-10's with 5 % a batch of 128 and
+        # crops of 0.64 and more.
         few = args.batch_size // 8
         (u8_l, y_l), (u8, _) = pick(labelled, few), pick(real, args.batch_size - few)
         batch = make_batch(job, args.crop[0], u8, y_l, ("strong", u8), ("weak", u8_l), ("weak", u8))
@@ -529,7 +517,7 @@ def finish_task(job, previous, local, replay):
                    dict(result, tasks=history, parameters={"unet": whole - head, "head": head}))
     reseed("grid")  # the same 64 noises in every run and, as the CPU draws them, on every device
     x_T = torch.randn(64, *job.shape).to(job.device)
-    with job.autocast, run.eager(args.compile):
+    with job.autocast, run.eager():
         x = sample(job.ema, x_T, job.abar, args.sample_steps, clip=args.clip)
     run.save_picture(job.folder / "samples" / f"task{k}.png", data.quantize(x), columns=8)
     run.save(job.folder / f"task{k}.pt", snapshot(job, history=history))
@@ -572,7 +560,7 @@ def main(argv=None):
     state = run.latest(folder, args.tasks) or {"task": 1, "update": 0}
     job = SimpleNamespace(
         args=args, device=device, autocast=autocast, abar=alpha_bar(args.schedule).to(device), folder=folder,
-        state=state, progress=run.Progress(folder, state, args.updates, device),
+        state=state, progress=run.Progress(folder, state, args.updates, LOG, device),
         train=train, labelled=labelled, test=test, shape=train[0].shape[1:],
         model=model, ema=ema, count=0,  # the model that learns; its average over so many updates, also to draw with
         old=old, new=new)               # the teachers of old and of new classes in stage 2
@@ -588,7 +576,8 @@ def main(argv=None):
             learn_local(job, previous)
         if job.n_global:
             local = earlier(folder / f"local{k}.pt") if job.n_local else None
-            # DEVIATION: the released code labels and distils with raw weights and dropout on, as --teacher raw.
+            # DEVIATION: the released code labels and distils with raw weights and dropout, as --teacher raw; it draws
+            # with dropout too.
             for teacher, saved in (old, previous), (new, local):
                 if saved:
                     teacher.load_state_dict(saved["raw" if args.teacher == "raw" else "model"])

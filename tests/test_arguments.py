@@ -12,7 +12,7 @@ finetune-lr0.001-linear: train_gr --replay none --lr 0.001 --schedule linear
 joint-batch_size64-tasks1: train_gr --replay all --tasks 1 --batch-size 64
 gd-5-ipndm-analytic: train_gd --teacher-steps 5 --teacher-solver ipndm --first-step analytic
 gd-10: train_gd --dataset cifar10 --teacher-steps 10 --lambda 0.75
-gd-2-lam0.5-bf16-laptop: train_gd --scale laptop --lambd 0.5 --precision bf16 --restart --out x --device cpu
+gd-2-lam0.5-bf16-laptop: train_gd --scale laptop --lambda 0.5 --precision bf16 --restart --out x --device cpu
 lwf: train_gd --distill current
 gd-2-iterations5_3-bf16: train_gd --precision bf16 --iterations 5,3
 gd-2-fp32: train_gd --precision fp32 --no-compile

@@ -323,7 +323,7 @@ def test_shortened_runs_stand_apart(tmp_path):
     assert "Complete" not in text
     tiny = "Shortened: Fashion-MNIST, tiny scale, 16x16, 3 tasks"
     assert column(text, tiny, "↓ FID", TITLES["gd"]) == ["20.0 (1)"]
-    assert column(text, SHORTENED, "↑ old classes, %", TITLES["gd"], "`gd-2`", "3 of 5") == ["25.0 (1)"]
+    assert column(text, SHORTENED, "old classes, %", TITLES["gd"], "`gd-2`", "3 of 5") == ["25.0 (1)"]
     assert column(text, SHORTENED, "↓ FID", TITLES["gd"], "`gd-2-iterations50`", "5 of 5") == ["21.0 (1)"]
     assert column(text, SHORTENED, "↓ FID", "Joint") == ["24.0 (1)"]
 
