@@ -468,8 +468,7 @@ def random_mirror(u8, flip):
 
 
 def diffusion_view(u8, flip, smallest):
-    """random_mirror, then a random part of each image enlarged to the image's size, as by torchvision's
-    RandomResizedCrop.
+    """random_mirror, then torchvision's RandomResizedCrop: a random part of each image, enlarged to the image's size.
 
     The part has area U[smallest, 1] of the image and aspect ratio exp(U[log 3/4, log 4/3]), rounded to h x w pixels:
     the first of 10 candidates that fits, else the whole image.

@@ -40,6 +40,7 @@ from PIL import Image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+COUNTS = "teacher_steps", "buffer_size"  # arguments that are in every run's name, where they apply
 TYPED = ("data_dir", "out", "device", "compile", "save_every", "restart")  # arguments that change no number
 rank, world = 0, 1  # this process and how many there are, as torchrun says it
 if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -171,7 +172,7 @@ interval.__name__ = "number of updates (500) or minutes (10m)"  # argparse names
 
 def departures(parser, args, *besides):
     """{argument: value} of what differs from the preset, the parser's defaults, but for `besides` and the machine's."""
-    others = ("dataset", "scale", "seed", "source", *TYPED, *besides)
+    others = ("dataset", "scale", "seed", "source", *COUNTS, *TYPED, *besides)
     return {key: value for key, value in vars(args).items() if key not in others and value != parser.get_default(key)}
 
 
@@ -187,20 +188,20 @@ def run_name(base, departs, scale):
     return "-".join([base, *(re.sub(r"[^\w.-]+", "_", tag) for tag in tags)])
 
 
-def describe(args, parser, info, preset, method, *counts):
+def describe(args, parser, info, preset, method):
     """Check args against the preset, and write into them what config.json is to tell other scripts.
 
     info is the dataset's, see data.py; method has a name and a title. args.base, with which the run's name begins, is
-    the name and those of the arguments `counts` that apply. In a preset None means that an argument does not apply.
+    the name and those of the arguments COUNTS that apply. In a preset None means that an argument does not apply.
     """
     for key, value in preset.items():
         if value is None and getattr(args, key) is not None:
             parser.error(f"--{key.replace('_', '-')} does nothing beside the other arguments: leave it out")
-    args.departs = departures(parser, args, *counts)
+    args.departs = departures(parser, args)
     args.method, args.title = method
     if "length" in args.departs and len(args.length[1]) > args.tasks:  # a preset may state more than --tasks leaves
         parser.error(f"--{args.length[0]} takes at most one value for each of the {args.tasks} tasks")
-    args.base = "-".join([args.method, *(str(getattr(args, key)) for key in counts if getattr(args, key))])
+    args.base = "-".join([args.method, *(str(vars(args)[key]) for key in COUNTS if vars(args).get(key))])
     args.name = run_name(args.base, args.departs, args.scale)
     args.class_names, args.dataset_name, args.dataset_title = info.classes, info.name, info.title
     args.preset, args.script = preset, parser.prog

@@ -87,8 +87,8 @@ def get_args(argv=None):
         preset.update(dict.fromkeys(DRAWING))  # None: it does not apply
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
-    # This checks args and adds args.preset, args.name, which tells the values of the arguments named last, and more.
-    run.describe(args, parser, info, preset, METHODS[args.source], "teacher_steps")
+    # This checks args and adds args.preset, args.name, which tells teacher steps or buffer size, and more.
+    run.describe(args, parser, info, preset, METHODS[args.source])
     if why := misfit(args.unet, info.channels, args.image_size):
         parser.error(why)
     args.class_tasks = data.class_tasks(len(info.classes), args.tasks, args.class_order, args.seed)  # classes by task
@@ -232,7 +232,7 @@ def main(argv=None):
             # Once in a while a record or a checkpoint: only here does the script wait for the device.
             saving = run.save_due(args.save_every, u + 1)
             progress.step(u + 1, len(i), log, model, saving)
-            if saving:  # or if Ctrl-C asks for it
+            if saving:  # it is time, or Ctrl-C asks for it
                 run.save_checkpoint(folder, {
                     "task": k, "update": u + 1, "model": model.state_dict(), "memory": memory, "log": log,
                     "prev": prev.state_dict(), "optimizer": optimizer.state_dict()})

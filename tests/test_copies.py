@@ -83,3 +83,15 @@ def test_a_changed_copy_is_a_method_of_its_own(mine, tmp_path):
 
     again = mine("train_second.py", *train[1:], code=2)
     assert "script was train_mine.py and is train_second.py" in again.stderr
+
+
+def test_a_folder_whose_classes_changed_is_refused(mine, tmp_path):
+    own = ["--dataset", "pictures", "--scale", "laptop", "--device", "cpu", "--tasks", "2", "--iterations", "1"]
+    train = ["train_gr.py", *own, "--batch-size", "8", "--sample-steps", "2", "--out", "gr"]
+    mine(*train)
+    mine("train_classifier.py", *own, "--replay", "all")
+    assert json.loads((tmp_path / "gr/config.json").read_text())["class_names"] == ["cross", "disc", "ring", "triangle"]
+    (tmp_path / "pictures/ring").rename(tmp_path / "pictures/annulus")
+    again = mine(*train, code=2)
+    assert "class_names was" in again.stderr and "annulus" in again.stderr
+    assert "annulus" in mine("eval_fid.py", "gr", "--n", "10", code=2).stderr

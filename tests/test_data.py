@@ -188,11 +188,22 @@ def test_files_that_are_damaged_or_of_another_set_are_refused(tmp_path, monkeypa
 
 
 @pytest.mark.skipif(REAL is None, reason="needs the real Fashion-MNIST (Debian's package dataset-fashion-mnist)")
-def test_the_real_fashion_mnist(monkeypatch):
+def test_the_real_fashion_mnist_and_its_pictures(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "DEBIAN", REAL)
     assert data.digest(*data.load_images("fashion-mnist", "train", "nothing", 28)) == "bc4b94269a5978f6"
     images, labels = data.load_images("fashion-mnist", "test", "nothing", 28)
     assert data.digest(images, labels) == "f9d0e534d5dfa42b" and labels[:5].tolist() == [9, 2, 1, 1, 6]
+    trained = np.arange(500) % 3 > 0
+    for i, (image, c) in enumerate(zip(images[:500, 0].numpy(), labels.tolist())):
+        folder = tmp_path / ("train" if trained[i] else "val") / f"{c}-{data.info('fashion-mnist').classes[c]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{i}.png")
+    for side in (16, 28, 32):
+        images, labels = (array[:500] for array in load("fashion-mnist", "test", "nothing", side))
+        for split, some in ("train", trained), ("test", ~trained):
+            order = np.argsort(labels[some], kind="stable")
+            found, y = load(tmp_path, split, "", side)
+            assert np.array_equal(found, images[some][order]) and np.array_equal(y, labels[some][order])
 
 
 # ----------------------------------------------------------------------------- CIFAR

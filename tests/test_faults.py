@@ -348,6 +348,10 @@ def test_two_processes_follow_one(monkeypatch, tmp_path, name, more):
         for key in ("loss", "loss_new", "loss_replay", "gradient_norm"):
             first = a["task"] == 1 and a["update"] == 1
             assert a[key] == pytest.approx(b[key], rel=1e-5 if first else 0.02, abs=1e-6), (a, b)
+    for k in (1, 2, 3):
+        a, b = (torch.load(tmp_path / where / f"task{k}.pt", weights_only=True)["model"] for where in ("one", "two"))
+        assert max((a[key] - b[key]).abs().max().item() for key in a) < 0.01
+    assert json.loads((tmp_path / "two/config.json").read_text())["processes"] == 2
 
 
 def test_jdcl_on_two_processes(tmp_path):

@@ -678,6 +678,28 @@ def test_updates_of_the_stages(flags, stages):
     assert train_jdcl.count_updates(args, {"local_iterations": [7, 8], "global_iterations": [5, 6]}) == stages
 
 
+@pytest.mark.parametrize("name, classes, side, n", [("jdcl-cifar", 10, 32, 2), ("jdcl-imagenet100", 100, 16, 2)])
+def test_the_papers_networks_learn_at_full_size(name, classes, side, n):
+    """An update by the loss of each stage moves the net; ImageNet's on smaller images."""
+    args = SimpleNamespace(alpha=1e-3, kd_weighting="sample")
+    reseed("full size")
+    model = UNet(**NETS[name], classes=classes)
+    teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    x_t, eps, x_c = torch.randn(3, n, 3, side, side)
+    batch = x_t, torch.randint(T, (n,)), eps, x_c, torch.arange(n)
+    for losses in (lambda: train_jdcl.joint_losses(args, model, *batch),
+                   lambda: train_jdcl.distillation_losses(args, model, teacher, teacher, 1, 1 / n, *batch)):
+        terms, before = losses(), model.conv_in.weight.clone()
+        optimizer.zero_grad()
+        terms["loss"].backward()
+        optimizer.step()
+        assert all(value.isfinite() for value in terms.values()) and not torch.equal(model.conv_in.weight, before)
+        if "kd" not in terms:
+            assert 0.5 < terms["loss"] < 2, "eps itself, as the net starts at zero, and a thousandth of log(classes)"
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 def test_colour_pictures_of_ones_own(tmp_path, main):
     for c, images in enumerate(np.random.default_rng(0).integers(0, 256, (3, 6, 20, 30, 3), np.uint8)):
         write_pictures(tmp_path / f"photos/class{c}", images)

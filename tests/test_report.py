@@ -188,8 +188,12 @@ def test_rows_prints_the_commands_of_a_table(tmp_path, main):
     assert rows(main, "Figure 2", "--dataset", "cifar10", "--seeds", "7") == [
         "python train_gr.py --dataset cifar10 --seed 7", "python eval_fid.py runs/cifar10/gr-10/seed7"]
     lines = {  # training and evaluation of each row, and the classifiers
-        "Table 1": 4 * 2, "Table B.4": 2 + 2 * 2 + 8 * 3, "Figure B.2": 10 * 2, "lambda": (13 + 8 + 8) * 2,
-        "JDCL": 8 * 2, "first step": 8 * 2, "ewc": 9 * 2, "all": (13 + 1 + 12 + 7 + 7 + 8) * 2 + 11 + 2}
+        "Table 1": 4 * 2, "Table 2": 2 + 2 * 3, "Table B.1": 3 * 2, "Table B.2": 6 * 2, "Table B.3": 2 + 4 * 3,
+        "Table B.4": 2 + 2 * 2 + 8 * 3, "Table B.5": 2 + 2 * 2 + 8 * 3, "Figure 2": 2, "Figure 3": 3 * 2,
+        "Figure 4": 4 * 2, "Figure 5": 6 * 2, "Figure 6": 4 * 2, "Figure B.1": 2, "Figure B.2": 10 * 2,
+        "lambda": (13 + 8 + 8) * 2, "JDCL": 8 * 2, "first step": 8 * 2, "solver": 6 * 2, "errors": 9 * 2, "ewc": 9 * 2,
+        "few labels": 8 * 2,
+        "all": (13 + 1 + 12 + 7 + 7 + 8) * 2 + 11 + 2}
     for name, n in lines.items():
         printed = rows(main, name, "--scale", "laptop")
         assert len(printed) == len(set(printed)) == 3 * n, name
@@ -378,6 +382,10 @@ def test_saved_results_give_the_same_tables_and_figures(tmp_path, capsys):
         assert capsys.readouterr().out == first
     assert {p.parent.name for p in results.glob("fashion-mnist/*/seed42.json")} == {
         "gd-2", "gr-2-laptop", "classifier-finetune", "gr-2", "jdcl-small"}
+    saved = json.loads((results / "fashion-mnist/gd-2/seed42.json").read_text())
+    assert set(saved) == {"device", "tasks_done", "config", "eval", "classifier", "accuracy", "metrics"}
+    assert saved["device"]
+    assert saved["config"] == json.loads((runs / "fashion-mnist/gd-2/seed42/config.json").read_text())
     text = (results / "report.md").read_text(encoding="utf-8")
     assert text.startswith(first)
     assert {p.name for p in results.glob("*.png")} == {  # what needs neither weights nor pictures

@@ -335,10 +335,12 @@ def checkpoints(folder, task=2):
     run.save(folder / "task1.pt", learned)
 
 
-def test_the_latest_whole_state_is_found(tmp_path):
+def test_the_latest_whole_state_is_found(tmp_path, capsys):
     checkpoints(tmp_path)
+    assert run.latest(tmp_path, 3)["update"] == 5
     flip_a_bit(tmp_path / "checkpoint.pt")
     assert run.latest(tmp_path, 3)["update"] == 3
+    assert "checkpoint.pt is damaged" in capsys.readouterr().err
     run.save_checkpoint(tmp_path, {"task": 2, "update": 6})
     assert run.latest(tmp_path, 3)["update"] == 6
     flip_a_bit(tmp_path / "checkpoint.pt")
@@ -351,9 +353,14 @@ def test_the_latest_whole_state_is_found(tmp_path):
         run.latest(tmp_path, 3)  # never afresh in silence
 
 
-def test_checkpoints_of_finished_tasks_are_passed_over(tmp_path):
+def test_checkpoints_of_finished_tasks_are_passed_over_and_at_the_end_removed(tmp_path):
     checkpoints(tmp_path, task=1)
     assert run.latest(tmp_path, 3)["task"] == 2
+    for k in (2, 3):
+        run.save(tmp_path / f"task{k}.pt", {"task": k, "model": {}, "config": {}})
+    assert run.latest(tmp_path, 3)["task"] == 4
+    run.finish(tmp_path)
+    assert not list(tmp_path.glob("checkpoint*"))
 
 
 def test_a_checkpoint_with_code_in_it_is_refused_and_nothing_runs(tmp_path):
