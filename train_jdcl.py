@@ -400,10 +400,11 @@ def learn_local(job, previous):
 
 
 def draw(job, side, classes, saved, labeller):
-    """--replay-per-class images of each class, u8 (N, C, H, W) class by class, and numbers about them.
+    """--replay-per-class images of each class, u8 (N, C, H, W) class by class, their labels, and numbers about them.
 
     The moving average in `saved` draws until every class has its quota or the cap is reached; `labeller` says what an
-    8-bit image shows. Surplus is left out, varied copies fill up a class that is short. `side` is "old" or "new".
+    8-bit image shows. Surplus is left out, varied copies fill up a class that is short. A class that no image shows is
+    lost: it gets none. `side` is "old" or "new".
     """
     # DEVIATION: the released code stops at abar_0, with 3 % of noise left, and labels floats before clamping them.
     args, batch, quota = job.args, 8 * job.args.batch_size, job.args.replay_per_class
@@ -426,16 +427,22 @@ def draw(job, side, classes, saved, labeller):
             run.save_checkpoint(job.folder, job.state)
 
     images, found = [], torch.bincount(y, minlength=len(args.class_names)).tolist()
-    for c in classes:
-        if not found[c]:
-            raise run.InputError(f"task {job.k}: none of {len(y)} {side} images looks like class {c} to the model: try "
-                                 "--restart and more --local-iterations, --global-iterations or --replay-cap")
+    there = [c for c in classes if found[c]]
+    # DEVIATION: where a class is lost, the released code would draw for ever.
+    if lost := ", ".join(args.class_names[c] for c in classes if not found[c]):
+        said = f"task {job.k}: none of {len(y)} {side} images looks like {lost} to the model"
+        if not there:
+            raise run.InputError(f"{said}: try --restart and more --local-iterations, --global-iterations or "
+                                 "--replay-cap")
+        print(f"{said}: stage 2 goes on without", flush=True)
+    for c in there:
         own = u8[y == c][:quota]
         reseed(args.seed, "copies", job.k, c)
         copies = own[torch.randint(len(own), (quota - len(own),))]
         images += [own, data.diffusion_view(copies, args.flip, 0.9 if side == "old" else 0.85)]
-    copies = [max(0, quota - found[c]) for c in classes]
-    return torch.cat(images), {"drawn": len(y), "found": found, "copies": copies}
+    copies = [max(0, quota - found[c]) for c in there]
+    labels = torch.tensor(there).repeat_interleave(quota)
+    return torch.cat(images), labels, {"drawn": len(y), "found": found, "copies": copies}
 
 
 def draw_and_label(job, previous, local):
@@ -447,8 +454,8 @@ def draw_and_label(job, previous, local):
     if "drawn" not in job.state:  # else the run was stopped while it drew
         job.state = {"task": job.k, "update": job.n_local, "stage": "replay", "drawn": {}}
         run.save_checkpoint(job.folder, job.state)
-    about, classes, quota = {}, job.seen if local else job.learned, job.args.replay_per_class
-    u8, about["old"] = draw(job, "old", job.learned, previous, job.old)
+    about = {}
+    u8, y, about["old"] = draw(job, "old", job.learned, previous, job.old)
     # The largest logits of real and of replayed images, in the same 40 bins, as in the paper's Figure 4. They are of
     # the old global model, with which `draw` has just drawn.
     real, _ = of_classes(job.test, job.learned)
@@ -459,11 +466,10 @@ def draw_and_label(job, previous, local):
         sd = float(x.std(correction=min(1, len(x) - 1)))  # 0 of a single image
         about["logits"][name] = dict(counts=np.histogram(x, edges)[0].tolist(), mean=float(x.mean()), sd=sd)
     if local:
-        new, about["new"] = draw(job, "new", job.classes, local, job.new)
-        u8 = torch.cat([u8, new])
-    y = torch.tensor(classes).repeat_interleave(quota)
+        u8_new, y_new, about["new"] = draw(job, "new", job.classes, local, job.new)
+        u8, y = torch.cat([u8, u8_new]), torch.cat([y, y_new])
     run.save(job.folder / f"replay{job.k}.pt", {"images": u8, "labels": y, "about": about})
-    rows = [images[:10] for images in u8.split(quota)[-20:]]
+    rows = [images[:10] for images in u8.split(job.args.replay_per_class)[-20:]]
     run.save_picture(job.folder / "samples" / f"replay{job.k}.png", torch.cat(rows), columns=len(rows[0]))
     job.state = {"task": job.k, "update": job.n_local, "stage": "global"}
     run.save_checkpoint(job.folder, job.state)

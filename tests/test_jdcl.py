@@ -364,7 +364,8 @@ def draw(tmp_path, classes=(3, 1), drawn=None, side="old", labeller=PARITY, **mo
 
 def test_draw_fills_each_quota_in_order_and_leaves_the_rest_out(tmp_path):
     """By hand: batches of 8 times a training batch, each with its own noise; first come, first kept, class by class."""
-    (full, about), wanted, found, n = draw(tmp_path, replay_per_class=6), {3: [], 1: []}, [0] * 5, 0
+    full, labels, about = draw(tmp_path, replay_per_class=6)
+    wanted, found, n = {3: [], 1: []}, [0] * 5, 0
     while any(len(images) < 6 for images in wanted.values()):
         reseed(3, "replay", 2, "old", n)
         for image in data.quantize(sample(Figures(), torch.randn(16, 1, 4, 4), ABAR, 1)):
@@ -375,7 +376,7 @@ def test_draw_fills_each_quota_in_order_and_leaves_the_rest_out(tmp_path):
         n += 16
     assert about == {"drawn": n, "found": found, "copies": [0, 0]} and sum(found) == n > 16
     assert found[3] > 6 or found[1] > 6, "there was a surplus to leave out"
-    assert torch.equal(full, torch.stack(wanted[3] + wanted[1]))
+    assert torch.equal(full, torch.stack(wanted[3] + wanted[1])) and labels.tolist() == [3] * 6 + [1] * 6
 
 
 @pytest.mark.parametrize("side, smallest", [("old", 0.9), ("new", 0.85)])
@@ -385,7 +386,7 @@ def test_the_cap_ends_a_draw_and_varied_copies_fill_up(tmp_path, quota, classes,
     class among them, and the draw finds no other."""
     images = torch.arange(256).to(torch.uint8).view(16, 1, 4, 4)
     y = torch.tensor([*classes, *classes] + [4] * (16 - 2 * len(classes)))
-    full, about = draw(tmp_path, classes, (images, y), side, FOUR, replay_per_class=quota, replay_cap=2.0, flip=True)
+    full, _, about = draw(tmp_path, classes, (images, y), side, FOUR, replay_per_class=quota, replay_cap=2.0, flip=True)
     found = [2 * (c in classes) for c in range(4)] + [n - 2 * len(classes)]
     assert about == {"drawn": n, "found": found, "copies": [quota - 2] * len(classes)}
     for c, some in zip(classes, full.split(quota), strict=True):
@@ -394,9 +395,13 @@ def test_the_cap_ends_a_draw_and_varied_copies_fill_up(tmp_path, quota, classes,
         assert torch.equal(some, torch.cat([images[y == c], more]))
 
 
-def test_a_class_that_never_appears_is_named(tmp_path):
-    with pytest.raises(run.InputError, match="none of 32 new images looks like class 1 .*--local-iter.*--replay-cap"):
-        draw(tmp_path, [4, 1], side="new", labeller=FOUR, replay_cap=2.0)
+def test_a_class_that_no_image_shows_is_lost(tmp_path, capsys):
+    full, labels, about = draw(tmp_path, [4, 1], labeller=FOUR, replay_cap=2.0)
+    assert "none of 32 old images looks like b to the model: stage 2 goes on without" in capsys.readouterr().out
+    assert labels.tolist() == [4] * 5 and len(full) == 5
+    assert about == {"drawn": 32, "found": [0, 0, 0, 0, 32], "copies": [0]}
+    with pytest.raises(run.InputError, match="none of 32 new images looks like d, b .*--local-iter.*--replay-cap"):
+        draw(tmp_path, [3, 1], side="new", labeller=FOUR, replay_cap=2.0)
 
 
 # -------------------------------------------------------------------------------------------------- whole runs
