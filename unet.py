@@ -75,7 +75,7 @@ class ResBlock(nn.Module):
     what is normalised instead, GN(.) (1 + scale) + shift with [scale, shift] = W SiLU(e).
     """
 
-    def __init__(self, ci, co, e_dim, norm, dropout, film, zero_init):
+    def __init__(self, ci, co, e_dim, norm, dropout, film):
         super().__init__()
         self.film = film
         self.norm1 = norm(ci)
@@ -83,7 +83,7 @@ class ResBlock(nn.Module):
         self.time_emb_proj = nn.Linear(e_dim, 2 * co if film else co)
         self.norm2 = norm(co)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zero_init(nn.Conv2d(co, co, 3, padding=1))
+        self.conv2 = nn.Conv2d(co, co, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(ci, co, 1) if ci != co else nn.Identity()
 
     def forward(self, x, e):
@@ -100,12 +100,12 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """x + W softmax(q k^T / sqrt(d)) v over all pixels, in heads of d channels; q, k, v are linear in GN(x)."""
 
-    def __init__(self, c, head_width, norm, zero_init):
+    def __init__(self, c, head_width, norm):
         super().__init__()
         self.head_width = head_width
         self.group_norm = norm(c)
         self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
-        self.to_out = nn.Sequential(zero_init(nn.Linear(c, c)))  # a Sequential because its name is to_out.0
+        self.to_out = nn.Sequential(nn.Linear(c, c))  # a Sequential because its name is to_out.0
 
     def forward(self, x):
         y = self.group_norm(x).flatten(2).transpose(1, 2)                           # (B, C, H, W) -> (B, H*W, C)
@@ -123,34 +123,15 @@ class Attention(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class Downsample(nn.Module):
+def downsampler(c, padding):
     """3x3 convolution of stride 2; padding 1 is on all four sides, padding 0 means one pixel at right and bottom."""
-
-    def __init__(self, c, padding):
-        super().__init__()
-        self.padding = padding
-        self.conv = nn.Conv2d(c, c, 3, stride=2, padding=padding)
-
-    def forward(self, x):
-        return self.conv(x if self.padding else F.pad(x, (0, 1, 0, 1)))             # (B, C, H, W) -> (B, C, H/2, W/2)
+    pad = nn.Identity() if padding else nn.ZeroPad2d((0, 1, 0, 1))
+    return nn.Sequential(OrderedDict(pad=pad, conv=nn.Conv2d(c, c, 3, stride=2, padding=padding)))
 
 
-class Upsample(nn.Module):
+def upsampler(c):
     """Each pixel becomes 2x2 equal ones, then a 3x3 convolution."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))        # (B, C, H, W) -> (B, C, 2H, 2W)
-
-
-def zero(layer):
-    """The layer with its weights and biases set to zero."""
-    for p in layer.parameters():
-        nn.init.zeros_(p)
-    return layer
+    return nn.Sequential(OrderedDict(repeat=nn.Upsample(scale_factor=2), conv=nn.Conv2d(c, c, 3, padding=1)))
 
 
 class UNet(nn.Module):
@@ -162,7 +143,7 @@ class UNet(nn.Module):
     attention          levels, from 0, with attention after every residual block; the middle has it always
     groups, eps        of every GroupNorm
     head_width         channels of one attention head
-    padding            of the downsampling convolutions, 1 or 0, see Downsample
+    padding            of the downsampling convolutions, 1 or 0, see downsampler
     sin_first, shift   of the time embedding, see time_embedding
     dropout, film      of the residual blocks, see ResBlock
     zero_init          whether the last layer of every block and of the net starts at zero, as with Ho et al.; all else
@@ -177,9 +158,8 @@ class UNet(nn.Module):
         self.in_channels = in_channels
         self.factor = 2**last                                                       # by which the sides shrink
         norm = partial(nn.GroupNorm, groups, eps=eps)
-        start = zero if zero_init else nn.Identity()
-        resnet = partial(ResBlock, e_dim=4 * C0, norm=norm, dropout=dropout, film=film, zero_init=start)
-        attend = partial(Attention, head_width=head_width, norm=norm, zero_init=start)
+        resnet = partial(ResBlock, e_dim=4 * C0, norm=norm, dropout=dropout, film=film)
+        attend = partial(Attention, head_width=head_width, norm=norm)
 
         def level(i, widths, **resample):
             """Level i: a residual block for each (ci, co), attention if the level has it, then the change of side."""
@@ -197,7 +177,7 @@ class UNet(nn.Module):
         c, skips = C0, [C0]                                                         # width of h, widths of the skips
         for i, co in enumerate(channels):
             widths = [(c, co)] + [(co, co)] * (layers - 1)
-            down = [Downsample(co, padding)] if i < last else []
+            down = [downsampler(co, padding)] if i < last else []
             self.down_blocks.append(level(i, widths, downsamplers=down))
             skips += [co] * (layers + len(down))
             c = co
@@ -211,11 +191,14 @@ class UNet(nn.Module):
         self.up_blocks = nn.ModuleList()
         for i, co in reversed(list(enumerate(channels))):
             widths = [(ci + skips.pop(), co) for ci in [c] + [co] * layers]         # ResBlock sees h beside a skip
-            self.up_blocks.append(level(i, widths, upsamplers=[Upsample(co)] if i > 0 else []))
+            self.up_blocks.append(level(i, widths, upsamplers=[upsampler(co)] if i > 0 else []))
             c = co
 
         self.conv_norm_out = norm(C0)
-        self.conv_out = start(nn.Conv2d(C0, in_channels, 3, padding=1))
+        self.conv_out = nn.Conv2d(C0, in_channels, 3, padding=1)
+        for name, p in self.named_parameters() if zero_init else ():
+            if {"conv2", "to_out", "conv_out"} & {*name.split(".")}:
+                nn.init.zeros_(p)
 
     def encode(self, x_t, t):
         """The way down and the middle: h (B, c, H/factor, W/factor), all skips in the order computed, e (B, 4 C0)."""
