@@ -212,14 +212,9 @@ def read_folder(folder):
     record = dict(config=None, eval=[], classifier=None, accuracy=None, metrics={})
     for key in record:
         path = folder / ("metrics.jsonl" if key == "metrics" else f"{key}.json")
-        try:
-            if path.exists():
-                text = path.read_text(encoding="utf-8")
-                record[key] = parse_metrics(text) if key == "metrics" else json.loads(text)
-        except DAMAGE as error:
-            if key == "config":
-                raise
-            print(f"{path}: damaged, the rest of the folder goes without it ({error})", file=sys.stderr)
+        if path.exists():
+            text = path.read_text(encoding="utf-8")
+            record[key] = parse_metrics(text) if key == "metrics" else json.loads(text)
     c, classifier, accuracy = record["config"], record["classifier"], record["accuracy"]
     if c:
         done = [k for k in range(1, 1 + len(c["class_tasks"])) if (folder / f"task{k}.pt").exists()]
@@ -245,7 +240,8 @@ def list_values(r):
     first = {}  # (task, conditions): the frd of its images when it was the newest
     for e in r.record["eval"]:
         k, p, fid = e["task"], e["protocol"], e["protocol"]["fid"] or {"name": "tf1"}
-        unlike = [precision, f"n {p['n']}" * (p["n"] != 10000), f"{p['steps']} steps" * (p["steps"] != r.sample_steps)]
+        unlike = [precision, f"n {p['n']}" * (p["n"] != 10000), f"{p['steps']} steps" * (p["steps"] != r.sample_steps),
+                  f"evaluated with seed {p['seed']}" * (p["seed"] != r.seed)]
         yield "fid", k, e["fid"], [*unlike, fid["name"] * (fid["name"] != "tf1")]
         unlike.append(f"labeller {p['frd']['sha256'][:12]}")
         for metric in ("frd", "kld", "share_old"):
@@ -523,18 +519,16 @@ def samples(r, k, device, steps=()):
             return [np.asarray(Image.open(picture).convert("RGB"))[::2, ::2][:n, :n]]  # each pixel is there twice
         if not weights.exists():
             return []
-        device, autocast = run.start(SimpleNamespace(device=device, precision=r.precision, compile=False))
         model, abar = UNet(**NETS[r.unet]).to(device), alpha_bar(r.schedule).to(device)
         run.load_weights(model, weights)
-    except (OSError, SyntaxError, ValueError, KeyError) as error:
+    except (SyntaxError, *DAMAGE) as error:
         print(f"{r.folder}: task {k} is left out of the figures ({error})", file=sys.stderr)
         return []
     reseed("grid")
     x_T = torch.randn(64, model.in_channels, r.image_size, r.image_size)
     x_T = x_T.unflatten(0, (8, 8))[:4, :4].flatten(0, 1).to(device)  # of a picture of 8x8 the upper left quarter
-    with autocast:
-        drawn = [ddpm_sample(model, x_T, abar, r.clip) if steps and n == T else
-                 sample(model, x_T, abar, n, clip=r.clip) for n in steps or [r.sample_steps]]
+    drawn = [ddpm_sample(model, x_T, abar, r.clip) if steps and n == T else
+             sample(model, x_T, abar, n, clip=r.clip) for n in steps or [r.sample_steps]]
     return [make_grid(data.quantize(x_0).cpu(), nrow=4, padding=1).permute(1, 2, 0).numpy() for x_0 in drawn]
 
 
@@ -689,7 +683,7 @@ def main(argv=None):
     print(text)
     for path, r in zip(paths, runs):
         run.write_json(path, r.record)
-    made = figures(runs, out, str(device)) if args.figures else []
+    made = figures(runs, out, device) if args.figures else []
     text += "".join(f"\n![{Path(name).stem}]({name})\n" for name in made)
     run.replace(out / "report.md", lambda file: file.write(text.encode()))
     print(f"written: {out / 'report.md'}" + f" and {len(made)} figures beside it" * bool(made), file=sys.stderr)

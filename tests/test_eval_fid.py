@@ -520,10 +520,10 @@ def test_a_run_is_evaluated_by_one_command(main, folder_run, pictures, tmp_path,
     folder, done = folder_run("run"), main("eval_fid.py", "run", "--n", 50)
     records = json.loads((folder / "eval.json").read_text())
     assert "training the labeller" in done.stdout and "task 2: frd " in done.stdout
-    assert "--fid measures it" in done.stdout and "2048" not in done.stderr  # no FID, no warning about its features
+    assert "without FID" not in done.stdout and "2048" not in done.stderr  # nobody asked for it at this scale
     assert [r["task"] for r in records] == [1, 2] and records[0]["share_old"] is None
     for k, r in enumerate(records, 1):
-        assert r["fid"] is None and "--fid" in r["fid_missing"] and r["rank_deficient"] and sum(r["counts"]) == 50
+        assert r["fid"] is None and r["rank_deficient"] and sum(r["counts"]) == 50
         assert r["frd"] > 5 * r["frd_floor"] > 0 and 0.25 < r["confidence"] <= 1 and r["kld_real"] < 0.5
         p, q = np.repeat([0.5 / k, 0], [2 * k, 4 - 2 * k]), np.array(r["counts"]) / 50
         near([r["kld"], r["kld_reverse"], r["ard"]], [kld(p, q), kld(q, p), abs(p - q).sum() / 2])
@@ -577,9 +577,8 @@ def test_records_are_kept_skipped_and_replaced(evaluated, folder_run, tiny, tmp_
     assert "warning: 50 images are fewer" in evaluated.done.stderr
     assert len(with_fid) == 2 and all(r["fid"] > r["fid_floor"] > 0 for r in with_fid)
     assert [r["frd"] for r in with_fid] == [r["frd"] for r in first]
-    assert all(r["fid_missing"] is None and r["protocol"]["fid"]["network"] == "tiny" for r in with_fid)
+    assert all(r["protocol"]["fid"]["network"] == "tiny" for r in with_fid)
     assert evaluated("run") == with_fid                     # and does where FID is not asked for
-    assert "fid is null" not in evaluated.done.stdout
     assert len(evaluated("run", "--seed", 1)) == 4          # another protocol stands beside them
     run.save(folder / "task2.pt", {"model": UNet(**NETS["laptop"]).state_dict()})
     after = evaluated("run")                                # records of a model that is gone are dropped
@@ -609,8 +608,8 @@ def test_fid_missing_from_a_paper_scale_run_is_said(main, evaluated, folder_run,
     monkeypatch.setattr(eval_fid, "load_inception", no_weights)
     folder_run("run", scale="paper")
     records = evaluated("run")
-    assert all(r["fid"] is None and r["frd"] > 0 and r["fid_missing"].endswith("get them there") for r in records)
-    assert "fid is null: the weights are not at hand" in evaluated.done.stdout
+    assert all(r["fid"] is None and r["frd"] > 0 for r in records)
+    assert "without FID: the weights are not at hand" in evaluated.done.stdout
     for asked in (["--fid"], ["--inception-weights", "bad.pth"]):
         refused(main, "not at hand", "run", *asked)  # what was asked for is never left out
 
