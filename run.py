@@ -12,7 +12,6 @@ A run folder holds
 """
 
 import argparse
-import errno
 import gc
 import importlib.util
 import io
@@ -70,8 +69,6 @@ def main(function):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)  # SIGPIPE
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOENT, errno.EIO):
-            raise
         sentence = f"{error}; make room or mend the folder, and the same command goes on"
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
@@ -263,8 +260,7 @@ def start(args):
 
 def eager(now=True):
     """`with eager(now):` nothing compiled is used if `now`: for inputs of a rare shape, not worth compiling for."""
-    compiled = "torch._dynamo" in sys.modules  # where nothing is compiled, it is not imported either
-    return torch.compiler.set_stance("force_eager") if now and compiled else nullcontext()
+    return torch.compiler.set_stance("force_eager") if now else nullcontext()
 
 
 class CUDAGraph:
@@ -510,16 +506,6 @@ def load_weights(model, path):
         raise InputError(f"{path} holds weights that are not finite: take another file, or train it again")
 
 
-def skip_if_broken(optimizer, norm):
-    """Let the next step do nothing if the norm of the gradient is not finite, so that no weight becomes NaN.
-
-    A fused step looks at this flag of torch.amp.GradScaler on the device, so that nothing waits for the host. One that
-    is not fused (on mps) does not know it, and there check_finite alone stops the run.
-    """
-    if optimizer.defaults["fused"]:
-        optimizer.found_inf = (~norm.isfinite()).float()
-
-
 def restore(optimizer, saved):
     """Give the optimizer the moments of a saved one, and leave its settings, such as fused, which fit this device."""
     optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
@@ -566,21 +552,18 @@ def latest(folder, tasks, device="cpu"):
     """
     if rank:
         together(dist.barrier)  # the first process looks first, and sets aside
-    state, damaged = None, []
-    newest = max((k for k in range(1, tasks + 1) if (folder / f"task{k}.pt").exists()), default=0)
-    for name in ("checkpoint", "checkpoint.old", *(f"task{k}" for k in range(newest, 0, -1))):
-        path = folder / f"{name}.pt"
-        if state or not path.exists():
+    found, damaged = {}, []  # the newest whole file of either kind
+    for name in ("checkpoint", "checkpoint.old", *(f"task{k}" for k in range(tasks, 0, -1))):
+        path, done = folder / f"{name}.pt", name.startswith("task")
+        if done in found or not path.exists():
             continue
         try:
-            found = load(path, device)
+            state = load(path, device)
         except InputError as error:
             damaged.append((path, error))
             continue
-        if name.startswith("task"):
-            state = {**found, "task": found["task"] + 1, "update": 0}
-        elif found["task"] > newest:
-            state = found
+        found[done] = {**state, "task": state["task"] + 1, "update": 0} if done else state
+    state = max(found.values(), key=lambda state: (state["task"], state["update"]), default=None)
     if damaged and not state:
         raise InputError(f"{damaged[0][1]}, and there is no other to go on from; start over with --restart")
     for path, error in damaged:
@@ -624,17 +607,16 @@ class Progress:
         self.bar.close()
         self.bar = tqdm(total=self.updates[task - 1], initial=update, desc=f"task {task}/{len(self.updates)}",
                         disable=True if rank else None, leave=False)  # None: no line where there is no terminal
-        self.task, self.last, self.since, self.images = task, update, time.perf_counter(), 0
+        self.task, self.last, self.since = task, update, time.perf_counter()
 
-    def step(self, update, images, log, model, check=False, record=False, more=dict):
-        """Call it after update 1, 2, ... of the task, with the number of its new images and the log, a row an update.
+    def step(self, update, log, model, check=False, record=False, more=dict):
+        """Call it after update 1, 2, ... of the task, with the log, a row an update.
 
         Every few updates, or if `record`, it adds a record: means over the updates since the record before, and what
         the function `more` returns, whose time is not counted. It stops the run if what is to be recorded, or to be
         saved after this `check`, is not finite.
         """
         self.bar.update()
-        self.images += images
         n = self.updates[self.task - 1]
         record = record or update % max(1, min(50, n // 20)) == 0 or update == n
         if record or check:
@@ -645,14 +627,13 @@ class Progress:
         seconds, means = (now - self.since) / (update - self.last), log[begin:update].nanmean(0).tolist()
         means = {name: mean for name, mean in zip(self.names, means) if not math.isnan(mean)}
         row = {"task": self.task, "update": update, **means, "ms_per_update": round(1000 * seconds, 2),
-               "images_per_s": round(self.images / (now - self.since), 1),
                "peak_memory_mb": peak_memory_mb(self.device), "seconds": round(now - self.begun, 2), **more()}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         said = ", ".join(f"{name.replace('_', ' ')} {mean:.4g}" for name, mean in means.items())
         said += f", {1000 * seconds:.1f} ms"
         self.bar.set_postfix_str(said)
-        self.recorded, self.last, self.since, self.images = (self.task, update), update, time.perf_counter(), 0
+        self.recorded, self.last, self.since = (self.task, update), update, time.perf_counter()
         if update == n:
             self.bar.close()
             print(f"task {self.task}/{len(self.updates)}: {n} updates, {said} per update, {now - self.begun:.0f} s "

@@ -25,7 +25,7 @@ import run
 from ddim import T, alpha_bar, q_sample, reseed, sample
 from unet import NETS, UNet, misfit
 
-# What `learn` returns of an update; the loss must be first, the norm of the gradient last.
+# The columns of the log, a row for each update. If the first or the last is not finite, run.Progress stops the run.
 LOG = ("loss", "loss_new", "loss_replay", "gradient_norm")
 
 # -------------------------------------------------------------------------------------------------- arguments
@@ -49,7 +49,6 @@ PRESETS = {  # by dataset, then by scale. "paper" is as in its Sections 4 and A.
     "fashion-mnist": GREY, "shapes": GREY, "cifar10": COLOUR, "cifar100": COLOUR,
     "imagenet100": COLOUR | {"paper": dict(CIFAR, image_size=64)},
 }
-DRAWING = "teacher_steps", "teacher_solver", "first_step", "draw_ahead"  # arguments that only generated replay has
 # For each args.source the method, with which the run's name begins, and its title in tables and figures.
 METHODS = {"generated": ("gd", "Generative distillation"), "current": ("lwf", "Distil. w/ current data"),
            "noise": ("noise", "Distil. w/ Gaussian noise")}
@@ -63,10 +62,10 @@ def get_args(argv=None):
     add("--distill", default="generated", choices=list(METHODS), dest="source",
         help="on DDIM samples of the previous model (GD), on the current images (LwF-like), or on Gaussian noise")
     add("--lambda", dest="lam", type=run.positive(float), help="lam in the loss (paper: GD 0.75, LwF 1.25, noise 8)")
-    add("--teacher-steps", type=run.positive(int, T - 1), help="DDIM steps of the copy (paper: 2; CIFAR-10: 10)")
+    add("--teacher-steps", type=run.positive(int, T - 1), help="DDIM steps (paper: 2; CIFAR-10: 10)")  # analytic adds 1
     add("--teacher-solver", choices=["ddim", "ipndm"], help="ipndm: of higher order, see ddim.py (paper: ddim)")
     add("--first-step", choices=["network", "analytic"], help="analytic: one step more, at t = 999, without model")
-    add("--draw-ahead", type=run.positive(int, 1e4), help="draw the replay of so many updates at once: faster")
+    add("--draw-ahead", type=run.positive(int), help="draw the replay of so many updates at once: faster")
     length = parser.add_mutually_exclusive_group()  # args.length is ("epochs", [E1, ...]) or ("iterations", [N1, ...])
     length.add_argument("--epochs", type=run.per_task(float, "epochs"), dest="length", metavar="E",
                         help="passes over the images of a task: E, or E1,E2,... (paper: 100; CIFAR-10: 200)")
@@ -84,10 +83,10 @@ def get_args(argv=None):
     info, preset = data.preset(PRESETS, first)
     preset["lam"] = {"generated": 0.75, "current": 1.25, "noise": 8.0}[first.source]
     if first.source != "generated":
-        preset.update(dict.fromkeys(DRAWING))  # None: it does not apply
+        preset.update(teacher_steps=None, teacher_solver=None, first_step=None, draw_ahead=None)  # they do nothing
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
-    # This checks args and adds args.preset, args.name, which tells teacher steps or buffer size, and more.
+    # This checks args and adds args.preset, args.name, by which the run's folder is called, and more.
     run.describe(args, parser, info, preset, METHODS[args.source])
     if why := misfit(args.unet, info.channels, args.image_size):
         parser.error(why)
@@ -100,8 +99,8 @@ def get_args(argv=None):
 def diffuse(x_0, abar):
     """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, each image with its own t from 0 .. T-1 and eps ~ N(0, I).
 
-    Returns x_t, t, eps. With torchrun each process draws the noise of the whole batch, as one process would. It returns
-    its share of the rows.
+    Returns x_t, t, eps. With torchrun x_0 is the whole batch in each process. Each draws the noise of all of it, as one
+    process would, and returns its share of the rows.
     """
     t = torch.randint(T, (len(x_0),), device=x_0.device)
     eps = torch.randn_like(x_0)
@@ -110,10 +109,10 @@ def diffuse(x_0, abar):
 
 @torch.no_grad()
 def replay(args, prev, x_r, x_0, x_t, t, abar):
-    """The replayed images: up to B noisy x_r_t (B, C, H, W), their times t_r (B,), and what to predict there."""
+    """Noisy replayed images x_r_t (N, C, H, W), N <= B, their times t_r (N,), and what to predict there."""
     if args.source == "current":
-        return x_t[:0], t[:0], prev(x_t, t)  # no more images: `losses` compares model(x_t, t) with eps and with this
-    if args.source == "noise":  # pure noise, whatever t_r says
+        return x_t[:0], t[:0], prev(x_t, t)  # x_r_t is x_t: one model(x_t, t), compared with eps and with this
+    if args.source == "noise":  # pure noise, whatever t_r says; of x_0 it takes the shape alone
         x_r_t, t_r = run.share(torch.randn_like(x_0)), run.share(torch.randint(T, (len(x_0),), device=x_0.device))
     if args.source == "generated":
         x_r_t, t_r, _ = diffuse(x_r, abar)
@@ -130,7 +129,7 @@ def losses(model, x_t, t, eps, replayed):
         return F.mse_loss(model(x_t, t), eps), torch.zeros((), device=x_t.device)
     x_r_t, t_r, target_r = replayed
     pred = model(torch.cat([x_t, x_r_t]), torch.cat([t, t_r]))  # one forward for both: (B + len(x_r_t), C, H, W)
-    return F.mse_loss(pred[:len(eps)], eps), F.mse_loss(pred[-len(target_r):], target_r)  # the first and last rows
+    return F.mse_loss(pred[:len(eps)], eps), F.mse_loss(pred[-len(target_r):], target_r)
 
 
 # ------------------------------------------------------------------------------------------------------ train
@@ -138,8 +137,8 @@ def losses(model, x_t, t, eps, replayed):
 def batches(args, prev, abar, autocast, index, shape, k, begin, end):
     """Yield u, i, x_r for the updates u = begin .. end - 1 of task k.
 
-    `index` (n,) are the task's images, i (B,) those of a batch. x_r (B, C, H, W), floats in [-1, 1], are replayed, with
-    `shape` (C, H, W). prev draws them for args.draw_ahead updates at once. x_r is None if it draws nothing.
+    `index` (n,) holds the indices of the task's images, i (B,) those of the batch. x_r (B, C, H, W), in [-1, 1], are
+    images drawn by prev, for args.draw_ahead updates at once, or None without generated replay; `shape` is (C, H, W).
     """
     epoch_length = math.ceil(len(index) / args.batch_size)  # the last, smaller batch is kept
     for u in range(begin, end):
@@ -163,14 +162,14 @@ def batches(args, prev, abar, autocast, index, shape, k, begin, end):
 
 def main(argv=None):
     args = get_args(argv)
-    device, autocast = run.start(args)  # sets args.precision, on which autocast depends, and args.compile too
+    device, autocast = run.start(args)  # sets args.precision and args.compile
 
     # Data: one uint8 tensor on the device; a batch is an index into it.
     images, labels = (x.to(device) for x in data.load_images(args.dataset, "train", args.data_dir, args.image_size))
     of_task = data.indices(labels, args.class_tasks)  # for each task the indices of its images
     shape = images.shape[1:]  # (C, H, W)
     args.updates = run.count_updates(vars(args), of_task)  # by task
-    args.preset_updates = run.count_updates(args.preset, of_task)  # report.py compares them
+    args.preset_updates = run.count_updates(args.preset, of_task)  # with fewer, report.py calls the run shortened
 
     # The networks, the run folder, and where the run stands.
     reseed(args.seed, "weights")
@@ -180,16 +179,16 @@ def main(argv=None):
     model.to(device)
     prev = copy.deepcopy(model).eval().requires_grad_(False)  # one for the whole run: no task compiles it anew
     args.parameters = 2 * sum(p.numel() for p in model.parameters())  # of the model and prev
-    folder = run.open_folder(vars(args))  # writes them into config.json
+    folder = run.open_folder(vars(args))  # writes args into config.json; from now on Ctrl-C waits for the next save
     if args.compile:
         for net in (model, prev):
-            net.compile(fullgraph=True, dynamic=False)
-    graphs = args.compile and device.type == "cuda" and run.world == 1  # `learn` as a CUDA graph, in one process only
+            net.compile(fullgraph=True, dynamic=False)  # one graph for each batch size; if it needs two, an error
+    graphs = args.compile and device.type == "cuda" and run.world == 1  # `learn` as a CUDA graph; torchrun's runs plain
     abar = alpha_bar(args.schedule).to(device)
     state = run.latest(folder, args.tasks, device) or {
         "task": 1, "update": 0, "model": model.state_dict(), "memory": {}}
     model.load_state_dict(state["model"])
-    memory = state["memory"]  # saved with the model: what a method keeps of old tasks, as ER its buffer
+    memory = state["memory"]  # saved with the model: what a method keeps of old tasks, as ER its images, GD nothing
     progress = run.Progress(folder, state, args.updates, LOG, device)
 
     for k in range(state["task"], args.tasks + 1):
@@ -203,7 +202,7 @@ def main(argv=None):
         log = torch.zeros(end, len(LOG), device=device)  # a row for each update
         if state["update"]:  # the run was stopped inside this task
             prev.load_state_dict(state["prev"])
-            run.restore(optimizer, state["optimizer"])  # its moments, not its settings
+            run.restore(optimizer, state["optimizer"])  # its moments only: fused and capturable stay as set above
             log.copy_(state["log"])
 
         def learn(i, x_r):
@@ -219,32 +218,31 @@ def main(argv=None):
             # With torchrun this makes each gradient, too, the mean over the processes.
             means = run.mean_over_processes(model, [loss, loss_new, loss_replay])
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            run.skip_if_broken(optimizer, norm)  # sets a flag: fused Adam does not step if the norm is not finite
             optimizer.step()
             return torch.cat([means, norm[None]])
 
-        learn = run.CUDAGraph(learn, args.batch_size) if graphs else learn
+        learn = run.CUDAGraph(learn, args.batch_size) if graphs else learn  # anew: a graph is bound to one optimizer
         progress.begin(k, state["update"])
         for u, i, x_r in batches(args, prev, abar, autocast, index, shape, k, state["update"], end):
             reseed(args.seed, "noise", k, u)
             with run.eager(len(i) < args.batch_size):  # an epoch's last, smaller batch is not compiled
                 log[u] = learn(i, x_r)
-            # Once in a while a record or a checkpoint: only here does the script wait for the device.
+            # step() records now and then, and before a save checks log and weights: only then it waits for the device.
             saving = run.save_due(args.save_every, u + 1)
-            progress.step(u + 1, len(i), log, model, saving)
-            if saving:  # it is time, or Ctrl-C asks for it
+            progress.step(u + 1, log, model, saving)
+            if saving:  # or Ctrl-C asks for it
                 run.save_checkpoint(folder, {
                     "task": k, "update": u + 1, "model": model.state_dict(), "memory": memory, "log": log,
                     "prev": prev.state_dict(), "optimizer": optimizer.state_dict()})
 
         reseed("grid")  # the same 64 noises in every run and, as the CPU draws them, on every device
-        with autocast, run.eager():
+        with autocast, run.eager():  # 64 images are not worth compiling for
             x_0 = sample(model, torch.randn(64, *shape).to(device), abar, args.sample_steps)
         run.save_picture(folder / "samples" / f"task{k}.png", data.quantize(x_0), columns=8)
         run.save(folder / f"task{k}.pt", {
             "task": k, "model": model.state_dict(), "memory": memory, "config": vars(args)})
         state = {"update": 0}  # nothing to resume in the next task
-    run.finish(folder)
+    run.finish(folder)  # removes the checkpoints between tasks
 
 
 if __name__ == "__main__":

@@ -102,21 +102,16 @@ def get_args(argv=None):
     # A first look finds the preset. It becomes the defaults of the parser, so that the command line wins.
     first, _ = parser.parse_known_args(argv)
     info, preset = data.preset(PRESETS, first)
-    if first.source != "generated":
-        preset["local_init"] = "global"  # with no stage 2, they go on from the model before
+    two_stages = ["kd_weighting", "local_init", "global_iterations", "classifier_start"]
+    drawing = ["no_kd", "one_stage", "teacher", "replay_per_class", "replay_steps", "replay_cap"]
+    idle = ((drawing + two_stages) * (first.source != "generated") + (["labels"] + two_stages) * first.one_stage
+            + ["kd_weighting"] * first.no_kd + ["labelled_only"] * (not first.labels))
+    preset.update(dict.fromkeys(idle))  # None: it does not apply
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
     run.describe(args, parser, info, preset, METHODS[args.source])
     args.class_tasks = data.class_tasks(len(info.classes), args.tasks, args.class_order, args.seed)
     args.schedule = "jdcl"
-
-    two_stages = ["kd_weighting", "local_init", "global_iterations", "classifier_start"]
-    drawing = ["no_kd", "one_stage", "teacher", "replay_per_class", "replay_steps", "replay_cap"]
-    idle = ((drawing + two_stages) * (args.source != "generated") + (["labels"] + two_stages) * args.one_stage
-            + ["kd_weighting"] * args.no_kd + ["labelled_only"] * (not args.labels))
-    for key in idle:
-        if key in args.departs:
-            parser.error(f"--{key.replace('_', '-')} does nothing beside the other arguments: leave it out")
     for key, most in ("local_iterations", args.tasks), ("global_iterations", max(1, args.tasks - 1)):
         if len(args.departs.get(key, [])) > most:
             parser.error(f"--{key.replace('_', '-')} takes at most {most} values here")
@@ -134,12 +129,12 @@ def get_args(argv=None):
 
 def count_updates(args, how):
     """[(n_local, n_global), ...]: the updates of both stages by task; `how` is vars(args), or the preset of the run."""
-    n_local, n_global = (run.spread(how[f"{stage}_iterations"], args.tasks) for stage in ("local", "global"))
+    n_local = run.spread(how["local_iterations"], args.tasks)
     if args.source != "generated":
         return [(n, 0) for n in n_local]
     if args.one_stage:  # stage 2 takes as many updates as a local model would
         return [(n_local[0], 0), *((0, n) for n in n_local[1:])]
-    return list(zip(n_local, [0, *n_global]))
+    return list(zip(n_local, [0, *run.spread(how["global_iterations"], args.tasks)]))
 
 
 # ------------------------------------------------------------------------------------------- model and losses
@@ -354,7 +349,6 @@ def learn(job, stage, saved, losses, x_r=None):
         terms["loss"].backward()
         means = run.mean_over_processes(model, [terms.get(name, terms["loss"] * math.nan) for name in LOG[:-1]])
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        run.skip_if_broken(optimizer, norm)
         optimizer.step()
         job.count += 1
         update_ema(job.ema, model, job.count, args.ema_decay)
@@ -363,7 +357,7 @@ def learn(job, stage, saved, losses, x_r=None):
 
         # Once in a while a record, accuracies or a checkpoint: only here does the script wait for the device.
         saving, evaluating = run.save_due(args.save_every, update), (u + 1) % args.eval_every == 0 or u + 1 == n
-        job.progress.step(update, args.batch_size, log, model, saving, evaluating, lambda: {
+        job.progress.step(update, log, model, saving, evaluating, lambda: {
             "stage": stage, **(measure(job, x_r) if evaluating else {})})
         if saving:
             run.save_checkpoint(job.folder, snapshot(job, update=update, stage=stage, log=log,

@@ -147,7 +147,7 @@ def assert_same_end(folder, other):
         else:
             assert_equal(*(torch.load(where / path, weights_only=True) for where in (folder, other)), str(path))
     records = [[{key: value for key, value in json.loads(line).items() if key not in
-                 ("ms_per_update", "images_per_s", "peak_memory_mb", "seconds")}
+                 ("ms_per_update", "peak_memory_mb", "seconds")}
                 for line in (where / "metrics.jsonl").read_text().splitlines()] for where in (folder, other)]
     assert records[0] == records[1], "no update is recorded twice or missing"
     if (folder / "accuracy.json").exists():
