@@ -353,9 +353,11 @@ def test_protocols_and_labellers_are_never_averaged(tmp_path):
     twice = make(tmp_path, "gr-10", 42, fid=120, acc=0.5, classifier=dict(updates=[1] * 5))
     records = json.loads((twice / "eval.json").read_text())
     again = [r | {"protocol": r["protocol"] | {"n": 2000}, "fid": 130.0} for r in records]
-    write(twice / "eval.json", records + again + [r | {"protocol": r["protocol"] | {"seed": 7}} for r in records])
+    other = [r | {"protocol": r["protocol"] | {"seed": 7}, "fid": 125.0} for r in records]
+    write(twice / "eval.json", records + again + other)
     text = text_of(tmp_path)
-    assert column(text, MAIN, FM_FID, "GR, 10 steps")[1:] == ["120.00 (1)", "130.00 (1), n 2000"]
+    assert column(text, MAIN, FM_FID, "GR, 10 steps")[1:] == [
+        "120.00 (1)", "125.00 (1), evaluated with seed 7", "130.00 (1), n 2000"]
     assert column(text, MAIN, FM_FID, "GD, 2 steps")[1:] == ["20.00 (1)", "40.00 (1), n 2000", "60.00 (1), pytorch-fid"]
     assert column(text, MAIN, FM_KLD, "GD, 2 steps")[1:] == [
         "0.20 (1), labeller 0123456789ab", "0.60 (1), labeller ffffffffffff", "0.40 (1), n 2000, labeller 0123456789ab"]
