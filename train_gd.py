@@ -242,7 +242,7 @@ def main(argv=None):
         run.save(folder / f"task{k}.pt", {
             "task": k, "model": model.state_dict(), "memory": memory, "config": vars(args)})
         state = {"update": 0}  # nothing to resume in the next task
-    run.finish(folder)  # removes the checkpoints between tasks
+    run.finish(folder)  # removes the checkpoints inside tasks
 
 
 if __name__ == "__main__":

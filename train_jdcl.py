@@ -435,8 +435,8 @@ def draw(job, side, classes, saved, labeller):
         copies = own[torch.randint(len(own), (quota - len(own),))]
         images += [own, data.diffusion_view(copies, args.flip, 0.9 if side == "old" else 0.85)]
     copies = [max(0, quota - found[c]) for c in there]
-    labels = torch.tensor(there).repeat_interleave(quota)
-    return torch.cat(images), labels, {"drawn": len(y), "found": found, "copies": copies}
+    about = {"drawn": len(y), "found": found, "copies": copies}
+    return torch.cat(images), torch.tensor(there).repeat_interleave(quota), about
 
 
 def draw_and_label(job, previous, local):
