@@ -89,7 +89,7 @@ def quantize(x):
 
 # ------------------------------ datasets and tasks
 
-def dataset(text):
+def dataset_name(text):
     """A type for argparse: the name of a dataset, or the path of a folder, as it was typed."""
     if text not in DATASETS and not (text and Path(text).is_dir()):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a folder nor one of {', '.join(DATASETS)}")

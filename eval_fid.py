@@ -79,7 +79,7 @@ def get_args(argv=None):
     add("images", nargs="?", metavar="RUN|IMAGES", help="a run folder, or images")
     add("--reference", metavar="IMAGES|DATASET", help="what IMAGES are compared with")
     add("--save-stats", metavar="PATH.npz", help="keep the statistics of IMAGES")
-    add("--train-resnet18", type=data.dataset, metavar="DATASET|FOLDER", help="train the labeller of this dataset")
+    add("--train-resnet18", type=data.dataset_name, metavar="DATASET|FOLDER", help="train the labeller of this dataset")
     add("--scale", default="paper", choices=["paper", "small", "laptop"], help="of --train-resnet18")
     add("--image-size", type=run.positive(int, 4096), help="of --train-resnet18 (default: 32, ImageNet-100 64)")
     add("--epochs", type=run.positive(int), help="of --train-resnet18 (default: 100, below 32x32 1)")
@@ -376,7 +376,7 @@ def statistics(source, extract, about, args, size=None, n=None):
     if name in data.DATASETS:
         if split not in ("", "train", "test") or (size and size[0] != size[1]):
             raise InputError(f"{source}: say {name}:train or {name}:test, and compare square images with it")
-        data.dataset(name)  # says so where there is a folder of that name too
+        data.dataset_name(name)  # says so where there is a folder of that name too
         side = size[0] if size else data.info(name, args.data_dir).size
         images, _ = data.load_images(name, split or "test", args.data_dir, side)
         reseed(args.seed or 0, "floor")

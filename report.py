@@ -169,7 +169,7 @@ def get_args(argv=None):
     add("--rows", choices=[*TABLES, *BEYOND, "all"], metavar="TABLE",
         help="print the commands of what a table or figure lacks: 'Table B.2', 'Figure 4', lambda, JDCL, all, ...")
     add("--scale", default="paper", choices=["paper", "small", "laptop"], help="of --rows")
-    add("--dataset", default="fashion-mnist", type=data.dataset, metavar="NAME|FOLDER",
+    add("--dataset", default="fashion-mnist", type=data.dataset_name, metavar="NAME|FOLDER",
         help="of --rows (default: fashion-mnist; Table B.5 and JDCL's are cifar10's)")
     add("--seeds", default=[42, 69, 1714], type=run.per_task(int), help="of --rows (default: the paper's, 42,69,1714)")
     args = parser.parse_args(argv)

@@ -12,7 +12,6 @@ A run folder holds
 """
 
 import argparse
-import gc
 import importlib.util
 import io
 import json
@@ -95,10 +94,10 @@ def parser(doc, file):
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def add_arguments(parser, scales):
+def add_arguments(parser):
     """The arguments that every train script has. They follow its own, which say what the method is."""
     add = parser.add_argument
-    add("--scale", default="paper", choices=scales,
+    add("--scale", default="paper", choices=["paper", "small", "laptop"],
         help="paper: the paper's run; small: the same at 16x16; laptop: a quick look at 16x16")
     add("--tasks", type=positive(int), help="number of tasks (paper: 5); where their classes are stated, by "
         "--class-order or by the laptop scale, the first so many")
@@ -108,7 +107,7 @@ def add_arguments(parser, scales):
     add("--flip", action=argparse.BooleanOptionalAction, help="random mirroring (default: of colour images)")
     add("--sample-steps", type=positive(int, 1000), help="DDIM steps of pictures and evaluation")
     add("--precision", default="auto", choices=["auto", "fp32", "tf32", "bf16"], help="auto: bf16 on CUDA, else fp32")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile and CUDA graphs (default: on CUDA)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     add("--data-dir", default="data", help="where the dataset lies or is downloaded to (default: data)")
     add("--out", help="the run folder itself (default: runs/<dataset>/<name>/seed<seed>)")
     add("--device", default="auto", help="auto (CUDA, else mps, else cpu), cpu, mps, cuda or cuda:<i>")
@@ -144,17 +143,16 @@ def spread(values, tasks):
     return (values + values[-1:] * tasks)[:tasks]
 
 
-def count_updates(how, of_task):
+def count_updates(length, batch_size, of_task):
     """The updates of each task, whose images `of_task` lists; the last, smaller batch of a pass is kept.
 
-    how has "batch_size" and "length", ("iterations", updates by task) or ("epochs", passes by task).
+    length is ("iterations", updates by task) or ("epochs", passes by task).
     """
-    unit, values = how["length"]
+    unit, values = length
     values = spread(values, len(of_task))
     if unit == "iterations":
         return values
-    return [max(1, round(passes * math.ceil(len(images) / how["batch_size"])))
-            for passes, images in zip(values, of_task)]
+    return [max(1, round(passes * math.ceil(len(images) / batch_size))) for passes, images in zip(values, of_task)]
 
 
 def interval(text):
@@ -185,7 +183,7 @@ def run_name(base, departs, scale):
     return "-".join([base, *(re.sub(r"[^\w.-]+", "_", tag) for tag in tags)])
 
 
-def describe(args, parser, info, preset, method):
+def complete(args, parser, info, preset, method):
     """Check args against the preset, and write into them what config.json is to tell other scripts.
 
     info is the dataset's, see data.py; method has a name and a title. args.base, with which the run's name begins, is
@@ -263,42 +261,6 @@ def eager(now=True):
     return torch.compiler.set_stance("force_eager") if now else nullcontext()
 
 
-class CUDAGraph:
-    """function(*inputs), CUDA tensors of so many rows or None, as one CUDA graph: all its kernels are launched at once.
-
-    The first three calls run as usual, so that kernels are chosen and compiled. The fourth is recorded, and from then
-    on the record is played with new inputs. Inputs of fewer rows run as usual. The function may not wait for the
-    device. What it reads besides its inputs must stay where it is in memory and change only in place, but for torch's
-    seed. The returned tensor holds until the next call.
-    """
-    stream = None  # one for the whole run: each new one would keep memory for good
-
-    def __init__(self, function, rows):
-        self.function, self.rows, self.calls, self.graph = function, rows, 0, None
-        CUDAGraph.stream = self.stream or torch.cuda.Stream()  # torch.cuda.graph wants the calls before it there too
-
-    def __call__(self, *inputs):
-        if len(inputs[0]) < self.rows:
-            return self.function(*inputs)
-        self.calls += 1
-        if self.calls <= 3:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                output = self.function(*inputs)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return output
-        if self.graph is None:
-            self.inputs, self.graph = [x if x is None else x.clone() for x in inputs], torch.cuda.CUDAGraph()
-            gc.collect()  # now, as nothing may be freed while recording
-            with torch.cuda.graph(self.graph, stream=self.stream):  # computes nothing yet
-                self.output = self.function(*self.inputs)
-        for mine, given in zip(self.inputs, inputs):
-            if given is not None:
-                mine.copy_(given)
-        self.graph.replay()
-        return self.output
-
-
 def share(x):
     """This process's rows of a batch (B, ...): rank, rank + world, ...; all rows if they do not divide evenly.
 
@@ -318,16 +280,13 @@ def gather(x, n):
     return batch
 
 
-def mean_over_processes(model, losses):
-    """The means of `losses`, scalars, over all processes, (len(losses),); each p.grad becomes its mean too."""
-    losses = torch.stack(losses).detach().float()
+def average(*tensors):
+    """Give each tensor, in place, its mean over torchrun's processes. In one process nothing happens."""
     if world > 1:
-        means = [losses, *(p.grad for p in model.parameters() if p.grad is not None)]
-        flat = torch.cat([x.flatten() for x in means]) / world
+        flat = torch.cat([x.flatten() for x in tensors]) / world
         together(dist.all_reduce, flat)
-        for x, mean in zip(means, flat.split([x.numel() for x in means])):
+        for x, mean in zip(tensors, flat.split([x.numel() for x in tensors])):
             x.copy_(mean.view_as(x))
-    return losses
 
 
 def together(operation, *arguments):
@@ -504,11 +463,6 @@ def load_weights(model, path):
                          ) from error
     if not all(value.isfinite().all() for value in weights.values()):
         raise InputError(f"{path} holds weights that are not finite: take another file, or train it again")
-
-
-def restore(optimizer, saved):
-    """Give the optimizer the moments of a saved one, and leave its settings, such as fused, which fit this device."""
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
 
 
 def save_due(every, update):

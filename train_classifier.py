@@ -34,7 +34,7 @@ import data
 import run
 from ddim import T, alpha_bar, eval_mode, reseed, sample
 from run import InputError
-from unet import NETS, UNet, misfit
+from unet import NETS, UNet, why_unfit
 
 BATCH, LR, R = 128, 1e-3, 2.0  # images of the current task, learning rate of Adam (A.4), temperature (A.2)
 
@@ -59,7 +59,7 @@ def get_args(argv=None):
     add = parser.add_argument
     add("run", nargs="?", metavar="RUN", help="the folder of a finished run")
     add("--replay", choices=list(TARGETS), help="in place of RUN: nothing (lower target), all data so far (upper)")
-    add("--dataset", type=data.dataset, metavar="NAME|FOLDER", help="of a target (default: fashion-mnist)")
+    add("--dataset", type=data.dataset_name, metavar="NAME|FOLDER", help="of a target (default: fashion-mnist)")
     add("--scale", choices=list(PRESETS), help="of a target (default: paper)")
     add("--seed", type=run.whole, help="of a target (default: 42)")
     add("--tasks", type=run.positive(int), help="of a target (paper: 5)")
@@ -78,7 +78,7 @@ def get_args(argv=None):
     add("--restart", action="store_true", help="start over, whatever classifier.json holds")
 
     # What the run or the preset says becomes the defaults of the parser, so that the command line wins.
-    first, _ = parser.parse_known_args(argv)
+    first = parser.parse_args(argv)
     if bool(first.run) == bool(first.replay):
         parser.error("give a finished run folder, or --replay none or all for a target")
     for key in ("dataset", "scale", "seed", "tasks", "class_order") if first.run else ("steps", "pool", "replay_loss"):
@@ -94,7 +94,7 @@ def get_args(argv=None):
         args.class_tasks = data.class_tasks(len(info.classes), args.tasks, args.class_order, args.seed)
         args.name = run.run_name(args.base, departs, args.scale)
         args.folder = Path("runs", info.name, args.name, f"seed{args.seed}")
-    elif why := misfit(args.unet, info.channels, args.image_size):
+    elif why := why_unfit(args.unet, info.channels, args.image_size):
         raise InputError(f"{why}: give {args.folder} the data that it was trained on")
     if info.classes != args.class_names:
         raise InputError(f"{args.dataset} has the classes {', '.join(info.classes)}, the run was trained on "
@@ -220,7 +220,7 @@ def main(argv=None):
     # goes on from the task before and a pass is over all of it, so that the updates grow with the tasks.
     if args.replay == "all":
         of_task = [torch.cat(of_task[:k]) for k in range(1, tasks + 1)]
-    updates, preset_updates = (run.count_updates({"length": length, "batch_size": BATCH}, of_task)
+    updates, preset_updates = (run.count_updates(length, BATCH, of_task)
                                for length in (args.length, args.preset_length))
 
     # All that decides the numbers, and whether they are there already.
@@ -257,7 +257,7 @@ def main(argv=None):
         epoch_length = math.ceil(len(index) / BATCH)  # the last, smaller batch is kept
         replaying = args.run and k > 1
         r = 1 / k if replaying else 1.0
-        optimizer = torch.optim.Adam(model.parameters(), LR, fused=device.type != "mps")  # afresh, nothing clipped
+        optimizer = torch.optim.Adam(model.parameters(), LR, fused=True)  # afresh, nothing clipped
         prev = copy.deepcopy(model).eval()  # the classifier of task k-1
         if replaying:
             run.load_weights(generator, files[k - 2])

@@ -33,7 +33,7 @@ from tqdm import tqdm
 import data
 import run
 from ddim import T, alpha_bar, q_sample, reseed, sample
-from unet import NETS, UNet, misfit, resnet18
+from unet import NETS, UNet, resnet18, why_unfit
 
 BETA = 0.01  # weight of what is not distilled in stage 2
 LOG = ("loss", "denoise", "ce", "ce_unlabelled", "kd", "kd_class", "gradient_norm")
@@ -74,7 +74,7 @@ METHODS = {"generated": ("jdcl", "JDCL"), "all": ("jdcl-joint", "Continual Joint
 def get_args(argv=None):
     parser = run.parser(__doc__, __file__)
     add = parser.add_argument
-    add("--dataset", default="cifar10", type=data.dataset, metavar="NAME|FOLDER",
+    add("--dataset", default="cifar10", type=data.dataset_name, metavar="NAME|FOLDER",
         help=f"{', '.join(data.DATASETS)} or a folder of class folders (default: cifar10)")
     add("--replay", default="generated", choices=list(METHODS), dest="source", help="old images: drawn, all real, none")
     add("--no-kd", action="store_true", help="ablation: learn the drawn images and labels, distil nothing")
@@ -97,10 +97,10 @@ def get_args(argv=None):
     add("--alpha", type=run.positive(float), help="weight of the classifier's terms (paper: 0.001)")
     add("--unet", choices=[name for name in NETS if name.startswith("jdcl")], help="network (default: the dataset's)")
     add("--eval-every", type=run.positive(int), help="updates between two accuracies (paper: 500)")
-    run.add_arguments(parser, scales=list(GREY))
+    run.add_arguments(parser)
 
     # A first look finds the preset. It becomes the defaults of the parser, so that the command line wins.
-    first, _ = parser.parse_known_args(argv)
+    first = parser.parse_args(argv)
     info, preset = data.preset(PRESETS, first)
     two_stages = ["kd_weighting", "local_init", "global_iterations", "classifier_start"]
     drawing = ["no_kd", "one_stage", "teacher", "replay_per_class", "replay_steps", "replay_cap"]
@@ -109,7 +109,7 @@ def get_args(argv=None):
     preset.update(dict.fromkeys(idle))  # None: it does not apply
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
-    run.describe(args, parser, info, preset, METHODS[args.source])
+    run.complete(args, parser, info, preset, METHODS[args.source])
     args.class_tasks = data.class_tasks(len(info.classes), args.tasks, args.class_order, args.seed)
     args.schedule = "jdcl"
     for key, most in ("local_iterations", args.tasks), ("global_iterations", max(1, args.tasks - 1)):
@@ -122,7 +122,7 @@ def get_args(argv=None):
     least = max(run.world * math.ceil(sum(sizes) / min(sizes)), 8 if args.labels else 2)
     if args.batch_size < least:
         parser.error(f"--batch-size must be {least} or more here")
-    if why := misfit(args.unet, info.channels, args.image_size):
+    if why := why_unfit(args.unet, info.channels, args.image_size):
         parser.error(why)
     return args
 
@@ -331,11 +331,11 @@ def learn(job, stage, saved, losses, x_r=None):
     """
     args, model, k = job.args, job.model, job.k
     before, n = (0, job.n_local) if stage == "local" else (job.n_local, job.n_global)  # updates before the stage, in it
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.01, fused=job.device.type != "mps")
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.01, fused=True)
     log, start = torch.zeros(before + n, len(LOG), device=job.device), 0  # a row for each update of the task
     if "optimizer" in job.state:  # the run was stopped inside this stage
         saved, start = job.state, job.state["update"] - before
-        run.restore(optimizer, saved["optimizer"])
+        optimizer.load_state_dict(saved["optimizer"])
         log.copy_(saved["log"])
     model.load_state_dict(saved["raw"])
     job.ema.load_state_dict(saved["model"])
@@ -347,13 +347,16 @@ def learn(job, stage, saved, losses, x_r=None):
             terms = losses(u)
         optimizer.zero_grad()
         terms["loss"].backward()
-        means = run.mean_over_processes(model, [terms.get(name, terms["loss"] * math.nan) for name in LOG[:-1]])
-        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        run.average(*grads)  # over the processes of torchrun
+        norm = nn.utils.get_total_norm(grads)
         optimizer.step()
         job.count += 1
         update_ema(job.ema, model, job.count, args.ema_decay)
         update = before + u + 1
-        log[update - 1] = torch.cat([means, norm[None]])
+        lacking = torch.full_like(norm, math.nan)
+        log[update - 1] = torch.stack([*(terms.get(name, lacking) for name in LOG[:-1]), norm]).detach()
+        run.average(log[update - 1])
 
         # Once in a while a record, accuracies or a checkpoint: only here does the script wait for the device.
         saving, evaluating = run.save_due(args.save_every, update), (u + 1) % args.eval_every == 0 or u + 1 == n

@@ -261,7 +261,7 @@ def resnet18(channels, classes, width=64, imagenet=False):
     return net.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
 
 
-def misfit(name, channels, side):
+def why_unfit(name, channels, side):
     """Why the net of this name does not take images of so many channels and that side, or None if it does."""
     net = NETS[name]
     factor = 2 ** (len(net["channels"]) - 1)

@@ -3,8 +3,8 @@
 Ours     A train script in a process of its own learns two tasks of random images. Measured are the records of task 2 in
          metrics.jsonl, means of up to 50 updates, but for the first 10 updates (on a CPU 1), where kernels are chosen
          and compiled. JDCL's replay is random too, and its stage 2 has the classifier's terms on.
-Variants The same with one thing changed: each update launched kernel by kernel ("no graph"), the nets in
-         "channels_last", compiled by "max-autotune-no-cudagraphs", another --draw-ahead.
+Variants The same with one thing changed: the nets in "channels_last", or compiled in another mode of torch.compile:
+         "reduce-overhead", which records CUDA graphs, and "max-autotune-no-cudagraphs".
 Peer     The same update on diffusers' UNet2DModel, with the same weights and outputs, DDIMScheduler and plain Adam.
          "fp32" has TF32 off. "defaults" is what PyTorch does by itself: TF32 in convolutions, no search for kernels.
          "bf16 compile" is autocast and torch.compile, on CUDA alone.
@@ -76,7 +76,7 @@ def groups(scale, cuda):
         return [*first, "--dataset", dataset, "--scale", scale, "--class-order", "0,1|2,3", "--sample-steps", "1",
                 "--precision", setting.split()[0], "--compile" if "compile" in setting else "--no-compile"]
 
-    def update(dataset, method, setting, variant="", flags=(), peer=False, **how):
+    def update(dataset, method, setting, variant="", peer=False, **how):
         """A job of one row: an update of finetune, gr or gd, on our U-Net or on diffusers'."""
         preset = train_gd.PRESETS[dataset][scale]
         net, B, S = (preset[key] for key in ("unet", "batch_size", "teacher_steps"))
@@ -87,7 +87,7 @@ def groups(scale, cuda):
         if peer:
             return dict(kind="peer", net=net, batch=B, steps=S, setting=peers[setting], method=method,
                         rows=[found(f"{name} {peers[setting]}, diffusers")])
-        return dict(kind="script", command=command(setting, dataset, *script, "--iterations", "1,{n}", *flags), **how,
+        return dict(kind="script", command=command(setting, dataset, *script, "--iterations", "1,{n}"), **how,
                     rows=[found(f"{name} {setting}{variant}", paper=PAPER.get(name))])
 
     def beside_peers(dataset, method, settings):
@@ -95,13 +95,9 @@ def groups(scale, cuda):
                 for peer in (False, True) if setting in peers or not peer]
 
     def variants(dataset):
-        ahead = ["--draw-ahead", "1" if train_gd.PRESETS[dataset][scale]["draw_ahead"] > 1 else "8"]
-        jobs = [update(dataset, "gd", best, " channels_last", channels_last=True),
-                update(dataset, "gd", best, f" {' '.join(ahead)}", ahead)]
-        if cuda:
-            jobs += [update(dataset, "gd", best, " no graph", graph=False),
-                     update(dataset, "gd", best, " max-autotune", mode="max-autotune-no-cudagraphs")]
-        return jobs
+        modes = ["reduce-overhead", "max-autotune-no-cudagraphs"] if cuda else []
+        return [update(dataset, "gd", best, " channels_last", channels_last=True),
+                *(update(dataset, "gd", best, f" {mode}", mode=mode) for mode in modes)]
 
     def jdcl(dataset, variant="", flags=(), **how):
         """A job of two rows, an update of stage 1 and one of stage 2."""
@@ -149,8 +145,6 @@ def script(job):
         return torch.randint(256, (len(classes) * job.args.replay_per_class, *job.shape), dtype=torch.uint8), {}
 
     data.load_images, train_jdcl.draw = load_images, draw
-    if not job.get("graph", True):
-        run.CUDAGraph = lambda update, rows: update
     if job.get("mode"):
         torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, mode=job["mode"])
     if job.get("channels_last"):
@@ -339,7 +333,7 @@ def main(folder):
           + (f", but none begins after {args.minutes:g}:" if args.minutes else ":"))
     print(*(f"  {row['name']}" for row in rows), sep="\n")
     if not cuda:
-        print("Left out are recorded graphs, compiled code and TF32, which need CUDA.")
+        print("Left out are compiled code and TF32, which need CUDA.")
 
     found = dict(device=machine(device.type), torch=torch.__version__, threads=torch.get_num_threads(),
                  load=os.getloadavg()[0], commit=commit() or "unknown", arguments=sys.argv[1:], rows=rows)

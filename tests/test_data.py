@@ -95,12 +95,12 @@ def test_names_and_digests(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in "pets", "shapes":
         Path(name).mkdir()
-    assert [data.dataset(name) for name in ("mnist", "pets", "./shapes")] == ["mnist", "pets", "./shapes"]
-    assert not capsys.readouterr().err and data.dataset("shapes") == data.dataset("shapes") == "shapes"
+    assert [data.dataset_name(name) for name in ("mnist", "pets", "./shapes")] == ["mnist", "pets", "./shapes"]
+    assert not capsys.readouterr().err and data.dataset_name("shapes") == data.dataset_name("shapes") == "shapes"
     assert capsys.readouterr().err == "warning: shapes is the dataset; for the folder of this name give ./shapes\n"
     for wrong in ("fashon-mnist", "pets/none", ""):
         with pytest.raises(argparse.ArgumentTypeError, match="neither a folder nor one of fashion-mnist, mnist, "):
-            data.dataset(wrong)
+            data.dataset_name(wrong)
     u8, y = torch.arange(24, dtype=torch.uint8).view(2, 1, 3, 4), torch.tensor([0, 1])
     others = [(u8 + 1, y), (u8, y + 1), (u8.view(2, 1, 4, 3), y), (u8, y.flip(0)), (u8[:1], y[:1])]
     assert len({data.digest(*pair) for pair in [(u8, y), (u8.flip(0), y.flip(0)), *others]}) == 6  # in any order

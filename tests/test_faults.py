@@ -36,7 +36,7 @@ import train_jdcl
 COMMON = ["--dataset", "shapes", "--scale", "laptop", "--batch-size", "8", "--save-every", "1", "--sample-steps", "2"]
 RUNS = {
     "train_gr.py": (train_gr, [*COMMON, "--iterations", "4,5"]),
-    "train_gd.py": (train_gd, [*COMMON, "--iterations", "4,5", "--draw-ahead", "3"]),
+    "train_gd.py": (train_gd, [*COMMON, "--iterations", "4,5"]),
     "train_ewc.py": (train_ewc, [*COMMON, "--iterations", "4,5", "--ewc-images", "16", "--fisher-images", "2"]),
     "train_jdcl.py": (train_jdcl, [*COMMON, "--class-order", "0|1", "--local-iterations", "4", "--global-iterations",
                                    "4", "--classifier-start", "2", "--eval-every", "3", "--replay-steps", "2",

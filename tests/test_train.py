@@ -37,7 +37,7 @@ def test_defaults_are_the_papers_runs():
     assert (args.dataset, args.unet, args.image_size) == ("fashion-mnist", "fashion-mnist", 32)
     assert (args.batch_size, args.length) == (128, ("epochs", [100]))
     assert (args.teacher_steps, args.sample_steps, args.lam, args.lr, args.tasks) == (2, 10, 0.75, 2e-4, 5)
-    assert (args.schedule, args.draw_ahead, args.flip) == ("zero-snr", 8, False)
+    assert (args.schedule, args.flip) == ("zero-snr", False)
     args = train_gd.get_args(["--dataset", "cifar10"])
     assert (args.unet, args.batch_size, args.length) == ("cifar10", 64, ("epochs", [200]))
     assert (args.teacher_steps, args.sample_steps) == (10, 20)
@@ -46,7 +46,7 @@ def test_defaults_are_the_papers_runs():
 
 def test_updates_of_each_task():
     def updates(unit, values, batch_size, *sizes):
-        return run.count_updates({"length": (unit, values), "batch_size": batch_size}, [range(n) for n in sizes])
+        return run.count_updates((unit, values), batch_size, [range(n) for n in sizes])
 
     assert updates("epochs", [100.0], 128, 12000, 12000) == [9400] * 2, "the paper's Fashion-MNIST"
     assert updates("epochs", [200.0], 64, 10000, 10000) == [31400] * 2, "the paper's CIFAR-10"
@@ -185,11 +185,9 @@ def wait_for(folder, task, update):
     ("train_gr.py", ["--teacher-steps", "4"], [3, 10, 10]), ("train_gd.py", ["--teacher-steps", "4"], [3, 11, 11]),
     ("train_gd.py", ["--teacher-steps", "4", "--teacher-solver", "ipndm", "--first-step", "analytic"], [3, 11, 11]),
     ("train_gr.py", ["--replay", "buffer", "--buffer-size", "64"], [3, 6, 6]),
-    ("train_gr.py", ["--draw-ahead", "5"], [3, 16, 16]), ("train_gd.py", ["--draw-ahead", "5"], [3, 17, 17]),
     ("train_gd.py", ["--distill", "noise"], [3, 7, 7]), ("train_gd.py", ["--distill", "current"], [3, 4, 4])])
 def test_how_the_cost_of_an_update_grows(main, monkeypatch, name, arguments, units):
-    """In forward passes of one batch, a backward pass counted as two: docs/speed.md. An update that draws ahead, for 5
-    of them, has 5 S."""
+    """In forward passes of one batch, a backward pass counted as two: docs/speed.md."""
     images, updates = [0], []
 
     def count(model, x_t, t, forward=UNet.forward):
@@ -219,16 +217,15 @@ def test_bf16_trains_like_fp32(main, tmp_path):
 
 
 @pytest.mark.parametrize("module", [train_gr, train_gd])
-def test_what_is_drawn_ahead(main, monkeypatch, module):
-    """Each update gets its own part of what the previous model has drawn, a short one as much as it needs."""
-    drawn, used, train = [], [], ["--iterations", "3,7", "--class-order", "0,1|2,3", "--draw-ahead", "3"]
+def test_each_update_replays_images_of_its_own(main, monkeypatch, module):
+    """As many as the batch has, drawn by the previous model."""
+    drawn, used, train = [], [], ["--iterations", "3,7", "--class-order", "0,1|2,3"]
     few = data.load_images("shapes", "train", "data", 16)
     few = [torch.cat([x[few[1] == c][:10] for c in range(6)]) for x in few]  # 20 a task: batches of 8, 8 and 4
 
     def note(*arguments, **more):
-        x = sample(*arguments, **more)
-        drawn.append(x)
-        return x
+        drawn.append(sample(*arguments, **more))
+        return drawn[-1]
 
     def use(args, *more, replay=module.replay):
         used.append(more[0] if module is train_gr else more[1])
@@ -237,16 +234,15 @@ def test_what_is_drawn_ahead(main, monkeypatch, module):
     monkeypatch.setattr(module, "sample", note)
     monkeypatch.setattr(module, "replay", use)
     main(f"{module.__name__}.py", *TINY, *train, "--out", "run")
-    drawn = [x for x in drawn if len(x) == 24]  # the others are the pictures
-    assert len(drawn) == 3 and [len(x) for x in used] == [8, 8, 4, 8, 8, 4, 8]
-    for u, x in enumerate(used):
-        assert torch.equal(x, drawn[u // 3][8 * (u % 3):][:len(x)])
+    drawn = [x for x in drawn if len(x) <= 8]  # the others are the pictures
+    assert [len(x) for x in used] == [8, 8, 4, 8, 8, 4, 8]
+    assert all(map(torch.equal, used, drawn))
     assert len({float(x.sum()) for x in used}) == 7, "no two updates replay the same images"
 
 
 @pytest.mark.parametrize("backend, channels, arguments, graphs", [
-    # The student at B and 2 B, the teacher at 2 B, to draw, and at B; no code is made for them, as that takes minutes.
-    ("aot_eager", (8, 16), ["train_gd", "--tasks", "2", "--draw-ahead", "2"], 4),
+    # The student at B and 2 B, the teacher at B; no code is made for them, as that takes minutes.
+    ("aot_eager", (8, 16), ["train_gd", "--tasks", "2"], 3),
     ("inductor", (8,), ["train_gr", "--tasks", "1", "--replay", "none"], 1)])
 def test_a_compiled_run_follows_an_eager_one(script, tmp_path, backend, channels, arguments, graphs):
     """Each shape is compiled once, but for those of pictures and short batches. In a process of its own, as one that
@@ -288,7 +284,7 @@ def test_every_preset_does_two_updates_of_two_tasks(main, monkeypatch, tmp_path,
     for module in (train_gr, train_gd):
         monkeypatch.setattr(module, "sample", lambda net, x_T, *how, **more: sample(net, x_T[:4], *how, **more))
     main(name, "--dataset", dataset, "--batch-size", "2", "--teacher-steps", "2", "--iterations", "2",
-         "--draw-ahead", "2", "--sample-steps", "1", "--tasks", "2", "--device", "cpu", "--out", "run", *more)
+         "--sample-steps", "1", "--tasks", "2", "--device", "cpu", "--out", "run", *more)
     assert [(r["task"], r["update"]) for r in lives(tmp_path / "run")] == [(1, 1), (1, 2), (2, 1), (2, 2)]
     assert all(np.isfinite(r["loss"]) for r in lives(tmp_path / "run"))
 
@@ -416,8 +412,8 @@ def test_a_folder_in_use_is_refused(main, tmp_path):
 
 
 @pytest.mark.parametrize("name, where", [     # as SIGTERM may come
-    ("mean_over_processes", "task 1, update 1"),   # during the only update: it is saved there, before the picture
-    ("save_picture", "task 2, update 0")])         # while the picture is drawn: after the task
+    ("average", "task 1, update 1"),      # during the only update: it is saved there, before the picture
+    ("save_picture", "task 2, update 0")])  # while the picture is drawn: after the task
 def test_a_stop_at_the_end_of_a_task_loses_nothing(main, tmp_path, monkeypatch, name, where):
     def stop(*arguments, function=getattr(run, name), **more):
         run.signals.append(signal.SIGTERM)
