@@ -91,7 +91,7 @@ def sample(model, x_T, abar, steps, eta=0.0, clip=True, first="network", solver=
     where s is the time after t in `timesteps(steps)`, the clean image after the last. eta = 0 draws no noise, eta = 1
     is ancestral sampling; eps is not recomputed from the clipped x_0. The model is in eval mode, without gradients.
 
-    first="analytic"  one more step, the first, does without the model: x_T is noise alone, so eps = x_T and x_0 = 0
+    first="analytic"  one more step, the first, without the model: at t = 999 all is noise, so eps = x_T; x_0 becomes 0
     solver="ipndm"    eps is extrapolated from the last four: improved PNDM (Zhang and Chen, arXiv 2204.13902)
     """
     taus, history = timesteps(steps + (first == "analytic")) + [-1], []

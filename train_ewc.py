@@ -1,10 +1,10 @@
 """Generative distillation of a diffusion model with rank-1 elastic weight consolidation (EWC).
 
 A diffusion model learns a sequence of tasks, two new classes at a time, without keeping old images. Before task k a
-copy of the model is frozen. For every update it draws, with a few DDIM steps, as many images as the batch has, and
-the model learns to denoise the new images. On the replayed ones it learns to predict the noise that the copy predicts.
+copy of the model is frozen, prev. For every update prev draws, with a few DDIM steps, as many images as there are new
+ones in the batch. The model learns to denoise the new images, and to predict on the drawn ones what prev predicts.
 
-    L = 1/k |eps - model(x_t, t)|^2 + (1 - 1/k) lam |prev(x_r_t, t_r) - model(x_r_t, t_r)|^2       tasks k >= 2
+    L = 1/k |eps - model(x_t, t)|^2 + (1 - 1/k) lam |prev(x_r_t, t_r) - model(x_r_t, t_r)|^2
       + ewc/2 sum_{j<k} c_j (u_j . theta - u_j . theta_j)^2
     x_r = DDIM(prev), x_r_t = sqrt(abar[t_r]) x_r + sqrt(1 - abar[t_r]) eps_r
     u_j = mu_j / |mu_j|, mu_j = E[g], c_j = E[(u_j . g)^2]
@@ -38,8 +38,8 @@ LOG = ("loss", "loss_new", "loss_replay", "loss_ewc", "gradient_norm")
 
 # -------------------------------------------------------------------------------------------------- arguments
 
-# Defaults of the arguments. `length` is the epochs of each task, or its updates ("iterations"); the last number
-# repeats. The first task starts from random weights and gets more updates. Scale "small" has the net "laptop" too.
+# Defaults of the arguments. ("iterations", [1500, 800]) are 1500 updates of task 1, which starts from random weights,
+# and 800 of each later task. The scales small and laptop share the net that is called laptop.
 PAPER = dict(class_order="random", length=("epochs", [100]), batch_size=128, lr=2e-4, unet="fashion-mnist",
              image_size=32, flip=False, schedule="zero-snr",
              sample_steps=10,  # of the pictures, and of the evaluation
@@ -73,7 +73,8 @@ def get_args(argv=None):
     add("--fisher-images", type=run.positive(int), default=500, help="other images of a task for c, one at a time")
     add("--lambda", dest="lam", type=run.positive(float), default=0.75, help="lam in the loss (GD: 0.75)")
     add("--teacher-solver", choices=["ddim", "ipndm"], help="ipndm extrapolates eps from its last four (paper: ddim)")
-    add("--first-step", choices=["network", "analytic"], help="analytic: one more, at t = 999, with eps = x_T (ours)")
+    add("--first-step", choices=["network", "analytic"], help="analytic (ours): one more DDIM step, the first, "
+        "without the model: at t = 999 all is noise, so eps = x_T, and x_0 is taken as 0")
     add("--teacher-steps", type=run.positive(int, T - 1), help="DDIM steps that call the model (paper: 2, CIFAR-10 10)")
     length = parser.add_mutually_exclusive_group()  # args.length is ("epochs", [E1, ...]) or ("iterations", [N1, ...])
     length.add_argument("--epochs", type=run.per_task(float, "epochs"), dest="length", metavar="E",
@@ -90,10 +91,10 @@ def get_args(argv=None):
 
     # A first parse finds the preset. Its values become the parser's defaults, so that the command line wins.
     first = parser.parse_args(argv)
-    info, preset = data.preset(PRESETS, first)  # the dataset's classes and channels; the preset and its "tasks"
+    info, preset = data.preset(PRESETS, first)  # info: classes, channels; preset: the defaults, with "tasks"
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
-    # Refuse what does nothing; add args.name, by which the run's folder is called, and what report.py is to know.
+    # Refuse options that would do nothing. Add args.preset, args.name (of the run's folder) and titles for report.py.
     run.complete(args, parser, info, preset, METHODS[args.source])
     if why := why_unfit(args.unet, info.channels, args.image_size):
         parser.error(why)
@@ -116,7 +117,7 @@ def diffuse(x_0, abar):
 
 def draw(args, prev, abar, shape, k, u):
     """x_r (B, C, H, W) in [-1, 1]: what prev draws for update u of task k; shape is (B, C, H, W)."""
-    reseed(args.seed, "replay", k, u)
+    reseed(args.seed, "replay", k, u)  # a random stream of this name: a resumed run draws the same images
     x_T = torch.randn(shape, device=abar.device)
     x_r = sample(prev, run.share(x_T), abar, args.teacher_steps, first=args.first_step, solver=args.teacher_solver)
     return run.gather(x_r, len(x_T))  # with torchrun the images of all processes, as `diffuse` wants them
@@ -181,12 +182,12 @@ def consolidate(args, model, u8, abar, autocast, k):
 # ------------------------------------------------------------------------------------------------------ train
 
 def batches(args, index, k, begin, end):
-    """Yield u, i for the updates u = begin .. end - 1 of task k: i (B,) of `index` (n,), the task's images."""
+    """Yield u, i for the updates u = begin .. end - 1 of task k: i (B,) are its images, of `index` (n,), the task's."""
     epoch_length = math.ceil(len(index) / args.batch_size)  # the last, smaller batch is kept
     for u in range(begin, end):
         epoch, b = divmod(u, epoch_length)
         if b == 0 or u == begin:
-            reseed(args.seed, "order", k, epoch)  # by name, so that a resumed run finds the same order
+            reseed(args.seed, "order", k, epoch)  # so that a resumed run finds the same order
             order = index[torch.randperm(len(index), device=index.device)]
         yield u, order[b * args.batch_size:(b + 1) * args.batch_size]
 
@@ -200,7 +201,7 @@ def main(argv=None):
     of_task = data.indices(labels, args.class_tasks)  # for each task the indices of its images
     shape = images.shape[1:]  # (C, H, W)
     args.updates = run.count_updates(args.length, args.batch_size, of_task)
-    # A run with fewer than the preset's is "shortened" in report.py.
+    # With fewer updates than the preset's a run counts as shortened in report.py.
     args.preset_updates = run.count_updates(args.preset["length"], args.preset["batch_size"], of_task)
 
     # The networks, the run folder, and where the run stands.
@@ -214,8 +215,9 @@ def main(argv=None):
     folder = run.open_folder(vars(args))  # writes args into config.json; from now on Ctrl-C waits for the next save
     if args.compile:
         for net in (model, prev):
-            net.compile(fullgraph=True, dynamic=False)  # as a whole, or an error; anew for each batch size
+            net.compile(fullgraph=True, dynamic=False)  # into one graph, else an error; one for each batch size
     abar = alpha_bar(args.schedule).to(device)
+    # The newest checkpoint, or task<k>.pt as task k + 1, update 0, or a fresh start.
     state = run.latest(folder, args.tasks, device) or {
         "task": 1, "update": 0, "model": model.state_dict(), "memory": {}}
     model.load_state_dict(state["model"])
@@ -235,7 +237,7 @@ def main(argv=None):
         if state["update"]:  # the run was stopped inside this task
             prev.load_state_dict(state["prev"])
             optimizer.load_state_dict(state["optimizer"])
-            log.copy_(state["log"])  # a record is a mean over many rows
+            log.copy_(state["log"])  # the next line of metrics.jsonl is a mean that needs these rows
 
         progress.begin(k, state["update"])
         for u, i in batches(args, index, k, state["update"], end):
@@ -257,15 +259,15 @@ def main(argv=None):
             optimizer.step()
             log[u] = torch.stack([loss, loss_new, loss_replay, loss_ewc, norm]).detach()
             run.average(log[u])
-            # step() waits for the device only where it writes a record or, before a save, checks log and weights.
             saving = run.save_due(args.save_every, u + 1)  # it is time, or Ctrl-C was pressed
+            # Only in here the device is waited for: for a record, or before a save to check log and weights.
             progress.step(u + 1, log, model, saving)
             if saving:
                 run.save_checkpoint(folder, {
                     "task": k, "update": u + 1, "model": model.state_dict(), "memory": memory, "log": log,
                     "prev": prev.state_dict(), "optimizer": optimizer.state_dict()})
 
-        reseed("grid")  # the same 64 noises in every run, drawn by the CPU for every device
+        reseed("grid")  # the same 64 noises in every run and, drawn by the CPU, on every device
         with autocast, run.eager():  # 64 images are not worth compiling for
             x_0 = sample(model, torch.randn(64, *shape).to(device), abar, args.sample_steps)
         run.save_picture(folder / "samples" / f"task{k}.png", data.quantize(x_0), columns=8)

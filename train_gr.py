@@ -1,10 +1,10 @@
 """Generative replay of a diffusion model, and its baselines: experience replay, finetuning, joint training.
 
 A diffusion model learns a sequence of tasks, two new classes at a time, without keeping old images. Before task k a
-copy of the model is frozen. For every update it draws, with a few DDIM steps, as many images as the batch has, and
-the model learns to denoise the new images and the replayed ones. The errors of the replayed images accumulate.
+copy of the model is frozen, prev. For every update prev draws, with a few DDIM steps, as many images as there are new
+ones in the batch. The model learns to denoise the new images and the drawn ones, whose errors accumulate.
 
-    L = 1/k |eps - model(x_t, t)|^2 + (1 - 1/k) |eps_r - model(x_r_t, t_r)|^2              tasks k >= 2
+    L = 1/k |eps - model(x_t, t)|^2 + (1 - 1/k) |eps_r - model(x_r_t, t_r)|^2
     x_r = DDIM(prev), x_r_t = sqrt(abar[t_r]) x_r + sqrt(1 - abar[t_r]) eps_r
 
 Masip et al., "Continual Learning of Diffusion Models with Generative Distillation", arXiv 2311.14028, Section 3.
@@ -30,8 +30,8 @@ LOG = ("loss", "loss_new", "loss_replay", "gradient_norm")
 
 # -------------------------------------------------------------------------------------------------- arguments
 
-# Defaults of the arguments. `length` is the epochs of each task, or its updates ("iterations"); the last number
-# repeats. The first task starts from random weights and gets more updates. Scale "small" has the net "laptop" too.
+# Defaults of the arguments. ("iterations", [1500, 800]) are 1500 updates of task 1, which starts from random weights,
+# and 800 of each later task. The scales small and laptop share the net that is called laptop.
 PAPER = dict(class_order="random", length=("epochs", [100]), batch_size=128, lr=2e-4, unet="fashion-mnist",
              image_size=32, flip=False, schedule="zero-snr",
              sample_steps=10,  # of the pictures, and of the evaluation
@@ -64,7 +64,8 @@ def get_args(argv=None):
         help="samples of the previous model (GR), kept images (ER), nothing (finetune), all data so far (joint)")
     add("--buffer-size", type=run.positive(int), help="images the buffer holds in total (paper: 10, 100, 1000)")
     add("--teacher-solver", choices=["ddim", "ipndm"], help="ipndm extrapolates eps from its last four (paper: ddim)")
-    add("--first-step", choices=["network", "analytic"], help="analytic: one more, at t = 999, with eps = x_T (ours)")
+    add("--first-step", choices=["network", "analytic"], help="analytic (ours): one more DDIM step, the first, "
+        "without the model: at t = 999 all is noise, so eps = x_T, and x_0 is taken as 0")
     add("--teacher-steps", type=run.positive(int, T - 1), help="DDIM steps that call the model (paper: 2, CIFAR-10 10)")
     length = parser.add_mutually_exclusive_group()  # args.length is ("epochs", [E1, ...]) or ("iterations", [N1, ...])
     length.add_argument("--epochs", type=run.per_task(float, "epochs"), dest="length", metavar="E",
@@ -81,12 +82,12 @@ def get_args(argv=None):
 
     # A first parse finds the preset. Its values become the parser's defaults, so that the command line wins.
     first = parser.parse_args(argv)
-    info, preset = data.preset(PRESETS, first)  # the dataset's classes and channels; the preset and its "tasks"
+    info, preset = data.preset(PRESETS, first)  # info: classes, channels; preset: the defaults, with "tasks"
     if first.source != "generated":
-        preset.update(teacher_steps=None, teacher_solver=None, first_step=None)  # None: refused, it would do nothing
+        preset.update(teacher_steps=None, teacher_solver=None, first_step=None)  # such options are refused
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
-    # Refuse what does nothing; add args.name, by which the run's folder is called, and what report.py is to know.
+    # Refuse options that would do nothing. Add args.preset, args.name (of the run's folder) and titles for report.py.
     run.complete(args, parser, info, preset, METHODS[args.source])
     if bool(args.buffer_size) != (args.source == "buffer") or (args.buffer_size or args.tasks) < args.tasks - 1:
         parser.error(f"--replay buffer goes with a --buffer-size of at least {max(1, args.tasks - 1)}, one a past task")
@@ -111,7 +112,7 @@ def diffuse(x_0, abar):
 
 def draw(args, prev, abar, shape, k, u):
     """x_r (B, C, H, W) in [-1, 1]: what prev draws for update u of task k; shape is (B, C, H, W)."""
-    reseed(args.seed, "replay", k, u)
+    reseed(args.seed, "replay", k, u)  # a random stream of this name: a resumed run draws the same images
     x_T = torch.randn(shape, device=abar.device)
     x_r = sample(prev, run.share(x_T), abar, args.teacher_steps, first=args.first_step, solver=args.teacher_solver)
     return run.gather(x_r, len(x_T))  # with torchrun the images of all processes, as `diffuse` wants them
@@ -150,12 +151,12 @@ def losses(model, x_t, t, eps, replayed):
 # ------------------------------------------------------------------------------------------------------ train
 
 def batches(args, index, k, begin, end):
-    """Yield u, i for the updates u = begin .. end - 1 of task k: i (B,) of `index` (n,), the task's images."""
+    """Yield u, i for the updates u = begin .. end - 1 of task k: i (B,) are its images, of `index` (n,), the task's."""
     epoch_length = math.ceil(len(index) / args.batch_size)  # the last, smaller batch is kept
     for u in range(begin, end):
         epoch, b = divmod(u, epoch_length)
         if b == 0 or u == begin:
-            reseed(args.seed, "order", k, epoch)  # by name, so that a resumed run finds the same order
+            reseed(args.seed, "order", k, epoch)  # so that a resumed run finds the same order
             order = index[torch.randperm(len(index), device=index.device)]
         yield u, order[b * args.batch_size:(b + 1) * args.batch_size]
 
@@ -171,7 +172,7 @@ def main(argv=None):
         of_task = [torch.cat(of_task[:k]) for k in range(1, args.tasks + 1)]  # the images of all tasks so far are new
     shape = images.shape[1:]  # (C, H, W)
     args.updates = run.count_updates(args.length, args.batch_size, of_task)
-    # A run with fewer than the preset's is "shortened" in report.py.
+    # With fewer updates than the preset's a run counts as shortened in report.py.
     args.preset_updates = run.count_updates(args.preset["length"], args.preset["batch_size"], of_task)
 
     # The networks, the run folder, and where the run stands.
@@ -185,8 +186,9 @@ def main(argv=None):
     folder = run.open_folder(vars(args))  # writes args into config.json; from now on Ctrl-C waits for the next save
     if args.compile:
         for net in (model, prev):
-            net.compile(fullgraph=True, dynamic=False)  # as a whole, or an error; anew for each batch size
+            net.compile(fullgraph=True, dynamic=False)  # into one graph, else an error; one for each batch size
     abar = alpha_bar(args.schedule).to(device)
+    # The newest checkpoint, or task<k>.pt as task k + 1, update 0, or a fresh start.
     state = run.latest(folder, args.tasks, device) or {
         "task": 1, "update": 0, "model": model.state_dict(), "memory": {}}
     model.load_state_dict(state["model"])
@@ -196,6 +198,7 @@ def main(argv=None):
     for k in range(state["task"], args.tasks + 1):
         index, end = of_task[k - 1], args.updates[k - 1]
         replaying = k > 1 and args.source in ("generated", "buffer")
+        drawing = k > 1 and args.source == "generated"
         # DEVIATION: of ER the released code averages new and kept images in one mean; we follow the paper.
         part_new = 1 / k if replaying else 1.0  # weight of the new images in the loss
         kept = torch.cat(memory["buffer"]) if replaying and args.source == "buffer" else None
@@ -207,12 +210,11 @@ def main(argv=None):
         if state["update"]:  # the run was stopped inside this task
             prev.load_state_dict(state["prev"])
             optimizer.load_state_dict(state["optimizer"])
-            log.copy_(state["log"])  # a record is a mean over many rows
+            log.copy_(state["log"])  # the next line of metrics.jsonl is a mean that needs these rows
 
         progress.begin(k, state["update"])
         for u, i in batches(args, index, k, state["update"], end):
             with autocast, run.eager(len(i) < args.batch_size):  # an epoch's last, smaller batch is not compiled
-                drawing = replaying and args.source == "generated"
                 x_r = draw(args, prev, abar, (len(i), *shape), k, u) if drawing else None
                 reseed(args.seed, "noise", k, u)
                 x_0 = data.normalize(data.random_mirror(images[i], args.flip))
@@ -227,15 +229,15 @@ def main(argv=None):
             optimizer.step()
             log[u] = torch.stack([loss, loss_new, loss_replay, norm]).detach()
             run.average(log[u])
-            # step() waits for the device only where it writes a record or, before a save, checks log and weights.
             saving = run.save_due(args.save_every, u + 1)  # it is time, or Ctrl-C was pressed
+            # Only in here the device is waited for: for a record, or before a save to check log and weights.
             progress.step(u + 1, log, model, saving)
             if saving:
                 run.save_checkpoint(folder, {
                     "task": k, "update": u + 1, "model": model.state_dict(), "memory": memory, "log": log,
                     "prev": prev.state_dict(), "optimizer": optimizer.state_dict()})
 
-        reseed("grid")  # the same 64 noises in every run, drawn by the CPU for every device
+        reseed("grid")  # the same 64 noises in every run and, drawn by the CPU, on every device
         with autocast, run.eager():  # 64 images are not worth compiling for
             x_0 = sample(model, torch.randn(64, *shape).to(device), abar, args.sample_steps)
         run.save_picture(folder / "samples" / f"task{k}.png", data.quantize(x_0), columns=8)

@@ -110,7 +110,7 @@ def test_the_buffer_has_equal_shares_and_what_was_discarded_never_comes_back(mai
 
 
 METHOD = """train_gr train_gd model+learns 1/k replay distill lam prev noise finetun joint buffer kept teacher_steps
-    past+task target_r x_r held "gr" "gd" of_task[:k] source""".split()
+    past+task target_r x_r held "gr" "gd" of_task[:k] source part_new""".split()
 
 
 def test_the_diff_of_the_two_scripts_is_the_papers_contribution():
