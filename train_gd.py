@@ -30,8 +30,7 @@ LOG = ("loss", "loss_new", "loss_replay", "gradient_norm")
 
 # -------------------------------------------------------------------------------------------------- arguments
 
-# Defaults of the arguments. ("iterations", [1500, 800]) are 1500 updates of task 1, which starts from random weights,
-# and 800 of each later task. The scales small and laptop share the net that is called laptop.
+# Defaults of the arguments.
 PAPER = dict(class_order="random", length=("epochs", [100]), batch_size=128, lr=2e-4, unet="fashion-mnist",
              image_size=32, flip=False, schedule="zero-snr",
              sample_steps=10,  # of the pictures, and of the evaluation
@@ -40,6 +39,7 @@ PAPER = dict(class_order="random", length=("epochs", [100]), batch_size=128, lr=
 # DEVIATION: on CIFAR-10 the paper evaluates with 20 DDIM steps in Section 4.2.2, with 10 and with 20 in A.5. Here: 20.
 CIFAR = dict(PAPER, length=("epochs", [200]), batch_size=64, unet="cifar10", flip=True, teacher_steps=10,
              sample_steps=20)
+# 1500 updates of task 1, which starts from random weights, 800 of each later task. LAPTOP has the same small net.
 SMALL = dict(PAPER, length=("iterations", [1500, 800]), batch_size=32, lr=5e-4, unet="laptop", image_size=16)
 LAPTOP = dict(SMALL, length=("iterations", [600, 150]), lr=2e-3,
               class_order="0,1|2,7|8,9")  # three tasks; in Fashion-MNIST, garments that differ even at 16x16
@@ -47,10 +47,10 @@ GREY = {"paper": PAPER, "small": SMALL, "laptop": LAPTOP}
 COLOUR = {"paper": CIFAR, "small": dict(SMALL, unet="laptop-rgb", flip=True),
           "laptop": dict(LAPTOP, unet="laptop-rgb", flip=True)}
 # By dataset, then by scale. The paper has Fashion-MNIST and CIFAR-10 (Sections 4, A.1), the others are ours. mnist
-# and folders take the presets of the one that they are like, see data.Info.
+# and folders take the presets of the one that they are like, see data.Info. "paper" is the full size.
 PRESETS = {"fashion-mnist": GREY, "shapes": GREY, "cifar10": COLOUR, "cifar100": COLOUR,
            "imagenet100": COLOUR | {"paper": dict(CIFAR, image_size=64)}}
-# By what is replayed, args.source: the first part of the run's name, and the title in tables and figures.
+# By args.source, what is replayed: the first part of the run's name, and the title in tables and figures.
 METHODS = {"generated": ("gd", "Generative distillation"), "current": ("lwf", "Distil. w/ current data"),
            "noise": ("noise", "Distil. w/ Gaussian noise")}
 
@@ -63,9 +63,9 @@ def get_args(argv=None):
     add("--distill", default="generated", choices=list(METHODS), dest="source",
         help="on DDIM samples of the previous model (GD), on the current images (as LwF does), or on Gaussian noise")
     add("--lambda", dest="lam", type=run.positive(float), help="lam in the loss (paper: GD 0.75, LwF 1.25, noise 8)")
-    add("--teacher-solver", choices=["ddim", "ipndm"], help="ipndm extrapolates eps from its last four (paper: ddim)")
-    add("--first-step", choices=["network", "analytic"], help="analytic (ours): one more DDIM step, the first, "
-        "without the model: at t = 999 all is noise, so eps = x_T, and x_0 is taken as 0")
+    add("--teacher-solver", choices=["ddim", "ipndm"], help="ipndm: extrapolated from the last four eps (paper: ddim)")
+    add("--first-step", choices=["network", "analytic"], help="analytic (ours): an extra first DDIM step that does not "
+        "call the model; at t = 999 all is noise, so eps = x_T, and x_0 is taken as 0")
     add("--teacher-steps", type=run.positive(int, T - 1), help="DDIM steps that call the model (paper: 2, CIFAR-10 10)")
     length = parser.add_mutually_exclusive_group()  # args.length is ("epochs", [E1, ...]) or ("iterations", [N1, ...])
     length.add_argument("--epochs", type=run.per_task(float, "epochs"), dest="length", metavar="E",
@@ -82,10 +82,10 @@ def get_args(argv=None):
 
     # A first parse finds the preset. Its values become the parser's defaults, so that the command line wins.
     first = parser.parse_args(argv)
-    info, preset = data.preset(PRESETS, first)  # info: classes, channels; preset: the defaults, with "tasks"
+    info, preset = data.preset(PRESETS, first)  # info: classes, channels; preset: defaults and the number of tasks
     preset["lam"] = {"generated": 0.75, "current": 1.25, "noise": 8.0}[first.source]
     if first.source != "generated":
-        preset.update(teacher_steps=None, teacher_solver=None, first_step=None)  # such options are refused
+        preset.update(teacher_steps=None, teacher_solver=None, first_step=None)  # then refused
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
     # Refuse options that would do nothing. Add args.preset, args.name (of the run's folder) and titles for report.py.
@@ -145,7 +145,10 @@ def losses(model, x_t, t, eps, replayed):
 # ------------------------------------------------------------------------------------------------------ train
 
 def batches(args, index, k, begin, end):
-    """Yield u, i for the updates u = begin .. end - 1 of task k: i (B,) are its images, of `index` (n,), the task's."""
+    """Yield u, i for each update u = begin .. end - 1 of task k: i (B,) are the indices of the images that it takes.
+
+    `index` (n,) are the indices of all images of the task.
+    """
     epoch_length = math.ceil(len(index) / args.batch_size)  # the last, smaller batch is kept
     for u in range(begin, end):
         epoch, b = divmod(u, epoch_length)
@@ -157,14 +160,14 @@ def batches(args, index, k, begin, end):
 
 def main(argv=None):
     args = get_args(argv)
-    device, autocast = run.start(args)  # sets args.precision and args.compile
+    device, autocast = run.start(args)  # joins torchrun's processes; sets args.precision and args.compile
 
     # Data: one uint8 tensor on the device; a batch is an index into it.
     images, labels = (x.to(device) for x in data.load_images(args.dataset, "train", args.data_dir, args.image_size))
     of_task = data.indices(labels, args.class_tasks)  # for each task the indices of its images
     shape = images.shape[1:]  # (C, H, W)
     args.updates = run.count_updates(args.length, args.batch_size, of_task)
-    # With fewer updates than the preset's a run counts as shortened in report.py.
+    # report.py calls a run shortened if it has fewer updates than these.
     args.preset_updates = run.count_updates(args.preset["length"], args.preset["batch_size"], of_task)
 
     # The networks, the run folder, and where the run stands.
@@ -178,9 +181,9 @@ def main(argv=None):
     folder = run.open_folder(vars(args))  # writes args into config.json; from now on Ctrl-C waits for the next save
     if args.compile:
         for net in (model, prev):
-            net.compile(fullgraph=True, dynamic=False)  # into one graph, else an error; one for each batch size
+            net.compile(fullgraph=True, dynamic=False)  # into one graph for each batch size, else an error
     abar = alpha_bar(args.schedule).to(device)
-    # The newest checkpoint, or task<k>.pt as task k + 1, update 0, or a fresh start.
+    # The newest checkpoint; or after a finished task its task<k>.pt, to begin task k + 1; or a fresh start.
     state = run.latest(folder, args.tasks, device) or {
         "task": 1, "update": 0, "model": model.state_dict(), "memory": {}}
     model.load_state_dict(state["model"])
@@ -220,7 +223,7 @@ def main(argv=None):
             log[u] = torch.stack([loss, loss_new, loss_replay, norm]).detach()
             run.average(log[u])
             saving = run.save_due(args.save_every, u + 1)  # it is time, or Ctrl-C was pressed
-            # Only in here the device is waited for: for a record, or before a save to check log and weights.
+            # progress.step() alone waits for the device: to write a record, or to check log and weights before a save.
             progress.step(u + 1, log, model, saving)
             if saving:
                 run.save_checkpoint(folder, {
@@ -238,4 +241,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run.main(main)  # tells a person's mistake in one sentence
+    run.main(main)  # prints a person's mistake as one sentence, without a traceback
