@@ -47,10 +47,10 @@ GREY = {"paper": PAPER, "small": SMALL, "laptop": LAPTOP}
 COLOUR = {"paper": CIFAR, "small": dict(SMALL, unet="laptop-rgb", flip=True),
           "laptop": dict(LAPTOP, unet="laptop-rgb", flip=True)}
 # By dataset, then by scale. The paper has Fashion-MNIST and CIFAR-10 (Sections 4, A.1), the others are ours. mnist
-# and folders take the presets of the one that they are like, see data.Info. "paper" is the full size.
+# and folders take those of fashion-mnist or cifar10, see data.Info. "paper" is the full size.
 PRESETS = {"fashion-mnist": GREY, "shapes": GREY, "cifar10": COLOUR, "cifar100": COLOUR,
            "imagenet100": COLOUR | {"paper": dict(CIFAR, image_size=64)}}
-# By args.source, what is replayed: the first part of the run's name, and the title in tables and figures.
+# Key: args.source, what is replayed. Value: the first part of the run's name, and the title in tables and figures.
 METHODS = {"generated": ("gr", "Generative replay"), "buffer": ("er", "Experience replay"),
            "none": ("finetune", "Finetune"), "all": ("joint", "Joint")}
 
@@ -64,8 +64,8 @@ def get_args(argv=None):
         help="samples of the previous model (GR), kept images (ER), nothing (finetune), all data so far (joint)")
     add("--buffer-size", type=run.positive(int), help="images the buffer holds in total (paper: 10, 100, 1000)")
     add("--teacher-solver", choices=["ddim", "ipndm"], help="ipndm: extrapolated from the last four eps (paper: ddim)")
-    add("--first-step", choices=["network", "analytic"], help="analytic (ours): an extra first DDIM step that does not "
-        "call the model; at t = 999 all is noise, so eps = x_T, and x_0 is taken as 0")
+    add("--first-step", choices=["network", "analytic"], help="analytic (ours): before the others a DDIM step without "
+        "a call: at t = 999 all is noise, so eps = x_T, and x_0 is taken as 0")
     add("--teacher-steps", type=run.positive(int, T - 1), help="DDIM steps that call the model (paper: 2, CIFAR-10 10)")
     length = parser.add_mutually_exclusive_group()  # args.length is ("epochs", [E1, ...]) or ("iterations", [N1, ...])
     length.add_argument("--epochs", type=run.per_task(float, "epochs"), dest="length", metavar="E",
@@ -84,7 +84,7 @@ def get_args(argv=None):
     first = parser.parse_args(argv)
     info, preset = data.preset(PRESETS, first)  # info: classes, channels; preset: defaults and the number of tasks
     if first.source != "generated":
-        preset.update(teacher_steps=None, teacher_solver=None, first_step=None)  # then refused
+        preset.update(teacher_steps=None, teacher_solver=None, first_step=None)  # so refused below
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
     # Refuse options that would do nothing. Add args.preset, args.name (of the run's folder) and titles for report.py.
@@ -102,8 +102,8 @@ def get_args(argv=None):
 def diffuse(x_0, abar):
     """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, each image with its own t from 0 .. T-1 and eps ~ N(0, I).
 
-    Returns x_t, t, eps. With torchrun every process has the whole batch x_0, draws t and eps for all of it, and returns
-    its share of the rows: so N processes compute what one would.
+    Returns x_t, t, eps. With torchrun every process has the whole batch x_0 and draws the same t and eps for all of it.
+    Each returns its share of the rows: so N processes compute what one would.
     """
     t = torch.randint(T, (len(x_0),), device=x_0.device)
     eps = torch.randn_like(x_0)
@@ -186,7 +186,7 @@ def main(argv=None):
     model.to(device)
     prev = copy.deepcopy(model).eval().requires_grad_(False)  # in task k it gets the weights after task k-1
     args.parameters = (2 if args.source == "generated" else 1) * sum(p.numel() for p in model.parameters())
-    folder = run.open_folder(vars(args))  # writes args into config.json; from now on Ctrl-C waits for the next save
+    folder = run.open_folder(vars(args))  # writes args into config.json; from now on Ctrl-C ends a run after a save
     if args.compile:
         for net in (model, prev):
             net.compile(fullgraph=True, dynamic=False)  # into one graph for each batch size, else an error
@@ -233,14 +233,14 @@ def main(argv=None):
             log[u] = torch.stack([loss, loss_new, loss_replay, norm]).detach()
             run.average(log[u])
             saving = run.save_due(args.save_every, u + 1)  # it is time, or Ctrl-C was pressed
-            # progress.step() alone waits for the device: to write a record, or to check log and weights before a save.
+            # Of the update only this waits for the device, where it writes a record or checks all before a save.
             progress.step(u + 1, log, model, saving)
             if saving:
                 run.save_checkpoint(folder, {
                     "task": k, "update": u + 1, "model": model.state_dict(), "memory": memory, "log": log,
                     "prev": prev.state_dict(), "optimizer": optimizer.state_dict()})
 
-        reseed("grid")  # the same 64 noises in every run and, drawn by the CPU, on every device
+        reseed("grid")  # the same 64 noises in every run; drawn by the CPU, so also on every device
         with autocast, run.eager():  # 64 images are not worth compiling for
             x_0 = sample(model, torch.randn(64, *shape).to(device), abar, args.sample_steps)
         run.save_picture(folder / "samples" / f"task{k}.png", data.quantize(x_0), columns=8)
