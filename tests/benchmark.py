@@ -142,7 +142,8 @@ def script(job):
         return torch.randint(256, (len(y), data.info(dataset).channels, side, side), dtype=torch.uint8), y
 
     def draw(job, side, classes, saved, labeller):
-        return torch.randint(256, (len(classes) * job.args.replay_per_class, *job.shape), dtype=torch.uint8), {}
+        y = torch.tensor(classes).repeat_interleave(job.args.replay_per_class)
+        return torch.randint(256, (len(y), *job.shape), dtype=torch.uint8), y, {}
 
     data.load_images, train_jdcl.draw = load_images, draw
     if job.get("mode"):

@@ -279,6 +279,13 @@ def test_the_benchmark_says_its_plan_and_measures_it(monkeypatch, capsys, tmp_pa
     assert [(row["name"], row["updates"], row["mean"]) for row in found] == [(name, 6, 5.0) for name in rows]
 
 
+def test_the_benchmark_measures_updates_of_a_script(script):
+    done = script("tests/benchmark.py", "--device", "cpu", "--rows", "laptop jdcl local fp32", "--seconds", "0.1")
+    rows = [line.split(" | ")[:3] for line in done.stdout.splitlines() if line.startswith("| laptop")]
+    assert [name for name, *_ in rows] == ["| laptop jdcl local fp32", "| laptop jdcl global fp32"], done.stdout
+    assert all("±" in ms and int(updates) >= 4 for _, ms, updates in rows), done.stdout
+
+
 # ------------------------------------------------------------------------------------------- a GPU that is there
 #
 # What learns there does so in a process of its own: one in which CUDA or the compiler has been at work cannot be
