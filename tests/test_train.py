@@ -110,7 +110,7 @@ def test_the_buffer_has_equal_shares_and_what_was_discarded_never_comes_back(mai
 
 
 METHOD = """train_gr train_gd model+learns 1/k replay distill lam prev noise finetun joint buffer kept teacher_steps
-    past+task target_r x_r held "gr" "gd" of_task[:k] source part_new""".split()
+    past+task target_r x_r "gr" "gd" of_task[:k] source part_new""".split()
 
 
 def test_the_diff_of_the_two_scripts_is_the_papers_contribution():
@@ -411,8 +411,8 @@ def test_a_folder_in_use_is_refused(main, tmp_path):
     assert "in use by another process" in second.stderr
 
 
-@pytest.mark.parametrize("name, where", [     # as SIGTERM may come
-    ("average", "task 1, update 1"),      # during the only update: it is saved there, before the picture
+@pytest.mark.parametrize("name, where", [  # as SIGTERM may come
+    ("average", "task 1, update 1"),  # during the only update: it is saved there, before the picture
     ("save_picture", "task 2, update 0")])  # while the picture is drawn: after the task
 def test_a_stop_at_the_end_of_a_task_loses_nothing(main, tmp_path, monkeypatch, name, where):
     def stop(*arguments, function=getattr(run, name), **more):
