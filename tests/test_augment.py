@@ -210,6 +210,6 @@ def test_views_are_uint8_follow_the_seed_and_leave_their_input(view, channels, s
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
-def test_views_on_a_gpu(view):
+def test_views_on_cuda(view):
     results = view(pictures(3, 32).cuda())
     assert results.is_cuda and results.dtype == torch.uint8 and results.shape == (9, 3, 32, 32)

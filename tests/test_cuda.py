@@ -140,7 +140,7 @@ def gpu(monkeypatch, main):
 
     gpu, patch = GPU(), monkeypatch.setattr
     for name, value in dict(is_available=True, device_count=1, set_device=None, is_bf16_supported=True,
-                            max_memory_allocated=0).items():
+                            is_current_stream_capturing=False, max_memory_allocated=0).items():
         patch(torch.cuda, name, always(value))
     patch(torch.accelerator, "current_accelerator", always(None))
     patch(torch.nn.Module, "compile", always(None))
