@@ -82,14 +82,13 @@ def denoise(x_t, eps, t, abar, clip):
 
 
 @torch.no_grad()
-def sample(model, x_T, abar, steps, eta=0.0, clip=True, first="network", solver="ddim"):
-    """DDIM (Song et al., arXiv 2010.02502v4, Equation 12): x_T (B, C, H, W) ~ N(0, I) -> x_0, in [-1, 1] if `clip`.
+def sample(model, x_T, abar, steps, clip=True, first="network", solver="ddim"):
+    """DDIM (Song et al., arXiv 2010.02502v4, Equation 12 with sigma = 0): x_T (B, C, H, W) ~ N(0, I) -> x_0.
 
-        x <- sqrt(abar_s) x_0 + sqrt(1 - abar_s - sigma^2) eps + sigma z
-        sigma = eta sqrt((1 - abar_s) / (1 - abar_t)) sqrt(1 - abar_t / abar_s)
+        x <- sqrt(abar_s) x_0 + sqrt(1 - abar_s) eps
 
-    where s is the time after t in `timesteps(steps)`, the clean image after the last. eta = 0 draws no noise, eta = 1
-    is ancestral sampling; eps is not recomputed from the clipped x_0. The model is in eval mode, without gradients.
+    where s is the time after t in `timesteps(steps)`, the clean image after the last. With `clip` x_0 is kept in
+    [-1, 1], but eps is not recomputed from it. The model is in eval mode, without gradients.
 
     first="analytic"  one more step, the first, without the model: at t = 999 all is noise, so eps = x_T; x_0 becomes 0
     solver="ipndm"    eps is extrapolated from the last four: improved PNDM (Zhang and Chen, arXiv 2204.13902)
@@ -104,10 +103,7 @@ def sample(model, x_T, abar, steps, eta=0.0, clip=True, first="network", solver=
                 history = [eps, *history[:3]]
                 eps = sum(a * e for a, e in zip(IPNDM[len(history) - 1], history))
             x_0 = torch.zeros_like(x) if analytic else denoise(x, eps, t, abar, clip)
-            sigma = eta * ((1 - abar[s]) / (1 - abar[t]) * (1 - abar[t] / abar[s])).sqrt()
-            x = abar[s].sqrt() * x_0 + (1 - abar[s] - sigma**2).clamp(min=0).sqrt() * eps
-            if eta > 0:
-                x = x + sigma * torch.randn_like(x)
+            x = abar[s].sqrt() * x_0 + (1 - abar[s]).sqrt() * eps
     return x
 
 

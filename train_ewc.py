@@ -2,7 +2,7 @@
 
 A diffusion model learns a sequence of tasks, two new classes at a time, without keeping old images. Before task k a
 copy of the model is frozen, prev. For every update prev draws, with a few DDIM steps, as many images as there are new
-ones in the batch. The model learns to denoise the new images, and to predict on the drawn ones what prev predicts.
+ones in the batch. The model learns to denoise the new images, and to predict what prev predicts on noised drawn ones.
 
     L = 1/k |eps - model(x_t, t)|^2 + (1 - 1/k) lam |prev(x_r_t, t_r) - model(x_r_t, t_r)|^2
       + ewc/2 sum_{j<k} c_j (u_j . theta - u_j . theta_j)^2
@@ -54,8 +54,8 @@ LAPTOP = dict(SMALL, length=("iterations", [600, 150]), lr=2e-3,
 GREY = {"paper": PAPER, "small": SMALL, "laptop": LAPTOP}
 COLOUR = {"paper": CIFAR, "small": dict(SMALL, unet="laptop-rgb", flip=True),
           "laptop": dict(LAPTOP, unet="laptop-rgb", flip=True)}
-# By dataset, then by scale. The paper has Fashion-MNIST and CIFAR-10 (Sections 4, A.1), the others are ours. mnist
-# and folders take those of fashion-mnist or cifar10, see data.Info. "paper" is the full size.
+# By dataset, then by scale; "paper" is the full size. Those of fashion-mnist and cifar10 are the paper's (Sections 4,
+# A.1), the others are ours. mnist and folders take the presets of fashion-mnist or cifar10, see data.Info.
 PRESETS = {"fashion-mnist": GREY, "shapes": GREY, "cifar10": COLOUR, "cifar100": COLOUR,
            "imagenet100": COLOUR | {"paper": dict(CIFAR, image_size=64)}}
 # Key: args.source, which is --direction. Value: first part of the run's name, and title in tables and figures.
@@ -72,10 +72,12 @@ def get_args(argv=None):
     add("--ewc-images", type=run.positive(int), default=10000, help="images of a task for mu (Wang: 10000)")
     add("--fisher-images", type=run.positive(int), default=500, help="other images of a task for c, one at a time")
     add("--lambda", dest="lam", type=run.positive(float), default=0.75, help="lam in the loss (GD: 0.75)")
-    add("--teacher-solver", choices=["ddim", "ipndm"], help="ipndm: extrapolated from the last four eps (paper: ddim)")
-    add("--first-step", choices=["network", "analytic"], help="analytic (ours): before the others a DDIM step without "
-        "a call: at t = 999 all is noise, so eps = x_T, and x_0 is taken as 0")
-    add("--teacher-steps", type=run.positive(int, T - 1), help="DDIM steps that call the model (paper: 2, CIFAR-10 10)")
+    add("--teacher-steps", type=run.positive(int, T - 1), help="calls of the previous model for a replayed image, each "
+        "a DDIM step (paper: 2, CIFAR-10 10)")
+    add("--teacher-solver", choices=["ddim", "ipndm"], help="ipndm: each eps is extrapolated from the last four "
+        "(paper: ddim)")
+    add("--first-step", choices=["network", "analytic"], help="analytic: one more step, the first, calls no model: at "
+        "t = 999 all is noise, so eps = x_T, and x_0 is taken as 0 (paper: network)")
     length = parser.add_mutually_exclusive_group()  # args.length is ("epochs", [E1, ...]) or ("iterations", [N1, ...])
     length.add_argument("--epochs", type=run.per_task(float, "epochs"), dest="length", metavar="E",
                         help="passes over the images of a task: E, or E1,E2,... (paper: 100; CIFAR-10: 200)")
@@ -107,8 +109,8 @@ def get_args(argv=None):
 def diffuse(x_0, abar):
     """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, each image with its own t from 0 .. T-1 and eps ~ N(0, I).
 
-    Returns x_t, t, eps. With torchrun every process has the whole batch x_0 and draws the same t and eps for all of it.
-    Each returns its share of the rows: so N processes compute what one would.
+    Returns x_t, t, eps. With torchrun every process draws the same t and eps for the whole batch x_0, and returns only
+    its share of the rows. So N processes together compute what one would.
     """
     t = torch.randint(T, (len(x_0),), device=x_0.device)
     eps = torch.randn_like(x_0)
@@ -197,7 +199,7 @@ def batches(args, index, k, begin, end):
 
 def main(argv=None):
     args = get_args(argv)
-    device, autocast = run.start(args)  # joins torchrun's processes; sets args.precision and args.compile
+    device, autocast = run.start(args)  # joins torchrun's processes; --precision auto and --compile by the device
 
     # Data: one uint8 tensor on the device; a batch is an index into it.
     images, labels = (x.to(device) for x in data.load_images(args.dataset, "train", args.data_dir, args.image_size))
@@ -215,12 +217,12 @@ def main(argv=None):
     model.to(device)
     prev = copy.deepcopy(model).eval().requires_grad_(False)  # in task k it gets the weights after task k-1
     args.parameters = 2 * sum(p.numel() for p in model.parameters())  # for report.py; with prev, as in Table B.1
-    folder = run.open_folder(vars(args))  # writes args into config.json; from now on Ctrl-C ends a run after a save
+    folder = run.open_folder(vars(args))  # writes args into config.json; from here on Ctrl-C saves first, then stops
     if args.compile:
         for net in (model, prev):
-            net.compile(fullgraph=True, dynamic=False)  # into one graph for each batch size, else an error
+            net.compile(fullgraph=True, dynamic=False)  # one whole graph for each batch size; a break is an error
     abar = alpha_bar(args.schedule).to(device)
-    # The newest checkpoint; or after a finished task its task<k>.pt, to begin task k + 1; or a fresh start.
+    # The newest checkpoint; or the newest task<k>.pt, which `latest` returns as task k + 1, update 0; or a fresh start.
     state = run.latest(folder, args.tasks, device) or {
         "task": 1, "update": 0, "model": model.state_dict(), "memory": {}}
     model.load_state_dict(state["model"])
@@ -263,16 +265,16 @@ def main(argv=None):
             log[u] = torch.stack([loss, loss_new, loss_replay, loss_ewc, norm]).detach()
             run.average(log[u])
             saving = run.save_due(args.save_every, u + 1)  # it is time, or Ctrl-C was pressed
-            # Of the update only this waits for the device, where it writes a record or checks all before a save.
+            # The only wait for the device in an update: for a record, or to see before a save that all is finite.
             progress.step(u + 1, log, model, saving)
             if saving:
                 run.save_checkpoint(folder, {
                     "task": k, "update": u + 1, "model": model.state_dict(), "memory": memory, "log": log,
                     "prev": prev.state_dict(), "optimizer": optimizer.state_dict()})
 
-        reseed("grid")  # the same 64 noises in every run; drawn by the CPU, so also on every device
+        reseed("grid")  # the same 64 noises in every run and, drawn on the CPU, on every device
         with autocast, run.eager():  # 64 images are not worth compiling for
-            x_0 = sample(model, torch.randn(64, *shape).to(device), abar, args.sample_steps)
+            x_0 = sample(model, torch.randn(64, *shape).to(device), abar, args.sample_steps)  # eval mode, no gradients
         run.save_picture(folder / "samples" / f"task{k}.png", data.quantize(x_0), columns=8)
         memory["ewc"] = [*old, consolidate(args, model, images[index], abar, autocast, k)]
         run.save(folder / f"task{k}.pt", {

@@ -2,7 +2,7 @@
 
 A diffusion model learns a sequence of tasks, two new classes at a time, without keeping old images. Before task k a
 copy of the model is frozen, prev. For every update prev draws, with a few DDIM steps, as many images as there are new
-ones in the batch. The model learns to denoise the new images, and to predict on the drawn ones what prev predicts.
+ones in the batch. The model learns to denoise the new images, and to predict what prev predicts on noised drawn ones.
 
     L = 1/k |eps - model(x_t, t)|^2 + (1 - 1/k) lam |prev(x_r_t, t_r) - model(x_r_t, t_r)|^2
     x_r = DDIM(prev), x_r_t = sqrt(abar[t_r]) x_r + sqrt(1 - abar[t_r]) eps_r
@@ -46,8 +46,8 @@ LAPTOP = dict(SMALL, length=("iterations", [600, 150]), lr=2e-3,
 GREY = {"paper": PAPER, "small": SMALL, "laptop": LAPTOP}
 COLOUR = {"paper": CIFAR, "small": dict(SMALL, unet="laptop-rgb", flip=True),
           "laptop": dict(LAPTOP, unet="laptop-rgb", flip=True)}
-# By dataset, then by scale. The paper has Fashion-MNIST and CIFAR-10 (Sections 4, A.1), the others are ours. mnist
-# and folders take those of fashion-mnist or cifar10, see data.Info. "paper" is the full size.
+# By dataset, then by scale; "paper" is the full size. Those of fashion-mnist and cifar10 are the paper's (Sections 4,
+# A.1), the others are ours. mnist and folders take the presets of fashion-mnist or cifar10, see data.Info.
 PRESETS = {"fashion-mnist": GREY, "shapes": GREY, "cifar10": COLOUR, "cifar100": COLOUR,
            "imagenet100": COLOUR | {"paper": dict(CIFAR, image_size=64)}}
 # Key: args.source, what is replayed. Value: the first part of the run's name, and the title in tables and figures.
@@ -61,12 +61,14 @@ def get_args(argv=None):
     add("--dataset", default="fashion-mnist", type=data.dataset_name, metavar="NAME|FOLDER",
         help=f"{', '.join(data.DATASETS)} or a folder of class folders (default: fashion-mnist)")
     add("--distill", default="generated", choices=list(METHODS), dest="source",
-        help="on DDIM samples of the previous model (GD), on the current images (as LwF does), or on Gaussian noise")
+        help="distil on images that the previous model draws (GD), on current images (as LwF does), or on pure noise")
     add("--lambda", dest="lam", type=run.positive(float), help="lam in the loss (paper: GD 0.75, LwF 1.25, noise 8)")
-    add("--teacher-solver", choices=["ddim", "ipndm"], help="ipndm: extrapolated from the last four eps (paper: ddim)")
-    add("--first-step", choices=["network", "analytic"], help="analytic (ours): before the others a DDIM step without "
-        "a call: at t = 999 all is noise, so eps = x_T, and x_0 is taken as 0")
-    add("--teacher-steps", type=run.positive(int, T - 1), help="DDIM steps that call the model (paper: 2, CIFAR-10 10)")
+    add("--teacher-steps", type=run.positive(int, T - 1), help="calls of the previous model for a replayed image, each "
+        "a DDIM step (paper: 2, CIFAR-10 10)")
+    add("--teacher-solver", choices=["ddim", "ipndm"], help="ipndm: each eps is extrapolated from the last four "
+        "(paper: ddim)")
+    add("--first-step", choices=["network", "analytic"], help="analytic: one more step, the first, calls no model: at "
+        "t = 999 all is noise, so eps = x_T, and x_0 is taken as 0 (paper: network)")
     length = parser.add_mutually_exclusive_group()  # args.length is ("epochs", [E1, ...]) or ("iterations", [N1, ...])
     length.add_argument("--epochs", type=run.per_task(float, "epochs"), dest="length", metavar="E",
                         help="passes over the images of a task: E, or E1,E2,... (paper: 100; CIFAR-10: 200)")
@@ -85,7 +87,7 @@ def get_args(argv=None):
     info, preset = data.preset(PRESETS, first)  # info: classes, channels; preset: defaults and the number of tasks
     preset["lam"] = {"generated": 0.75, "current": 1.25, "noise": 8.0}[first.source]
     if first.source != "generated":
-        preset.update(teacher_steps=None, teacher_solver=None, first_step=None)  # so refused below
+        preset.update(teacher_steps=None, teacher_solver=None, first_step=None)  # `complete` refuses them
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
     # Refuse options that would do nothing. Add args.preset, args.name (of the run's folder) and titles for report.py.
@@ -101,8 +103,8 @@ def get_args(argv=None):
 def diffuse(x_0, abar):
     """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, each image with its own t from 0 .. T-1 and eps ~ N(0, I).
 
-    Returns x_t, t, eps. With torchrun every process has the whole batch x_0 and draws the same t and eps for all of it.
-    Each returns its share of the rows: so N processes compute what one would.
+    Returns x_t, t, eps. With torchrun every process draws the same t and eps for the whole batch x_0, and returns only
+    its share of the rows. So N processes together compute what one would.
     """
     t = torch.randint(T, (len(x_0),), device=x_0.device)
     eps = torch.randn_like(x_0)
@@ -123,7 +125,7 @@ def replay(args, prev, x_r, x_0, x_t, t, abar):
     if args.source == "generated":
         x_r_t, t_r, _ = diffuse(x_r, abar)
     elif args.source == "current":
-        x_r_t, t_r = x_t, t  # the same tensors: `losses` then makes one call for both terms
+        x_r_t, t_r = x_t, t  # the same tensors, which `losses` gives to the model only once
     else:  # pure noise at every t_r
         x_r_t, t_r = run.share(torch.randn_like(x_0)), run.share(torch.randint(T, (len(x_0),), device=x_0.device))
     target_r = prev(x_r_t, t_r)  # GD: what the previous model predicts there
@@ -160,7 +162,7 @@ def batches(args, index, k, begin, end):
 
 def main(argv=None):
     args = get_args(argv)
-    device, autocast = run.start(args)  # joins torchrun's processes; sets args.precision and args.compile
+    device, autocast = run.start(args)  # joins torchrun's processes; --precision auto and --compile by the device
 
     # Data: one uint8 tensor on the device; a batch is an index into it.
     images, labels = (x.to(device) for x in data.load_images(args.dataset, "train", args.data_dir, args.image_size))
@@ -178,16 +180,16 @@ def main(argv=None):
     model.to(device)
     prev = copy.deepcopy(model).eval().requires_grad_(False)  # in task k it gets the weights after task k-1
     args.parameters = 2 * sum(p.numel() for p in model.parameters())  # for report.py; with prev, as in Table B.1
-    folder = run.open_folder(vars(args))  # writes args into config.json; from now on Ctrl-C ends a run after a save
+    folder = run.open_folder(vars(args))  # writes args into config.json; from here on Ctrl-C saves first, then stops
     if args.compile:
         for net in (model, prev):
-            net.compile(fullgraph=True, dynamic=False)  # into one graph for each batch size, else an error
+            net.compile(fullgraph=True, dynamic=False)  # one whole graph for each batch size; a break is an error
     abar = alpha_bar(args.schedule).to(device)
-    # The newest checkpoint; or after a finished task its task<k>.pt, to begin task k + 1; or a fresh start.
+    # The newest checkpoint; or the newest task<k>.pt, which `latest` returns as task k + 1, update 0; or a fresh start.
     state = run.latest(folder, args.tasks, device) or {
         "task": 1, "update": 0, "model": model.state_dict(), "memory": {}}
     model.load_state_dict(state["model"])
-    memory = state["memory"]  # what a method keeps of old tasks beside its model; saved with it
+    memory = state["memory"]  # what a method keeps of old tasks beside its model: ER its buffer, GD nothing
     progress = run.Progress(folder, state, args.updates, LOG, device)
 
     for k in range(state["task"], args.tasks + 1):
@@ -223,16 +225,16 @@ def main(argv=None):
             log[u] = torch.stack([loss, loss_new, loss_replay, norm]).detach()
             run.average(log[u])
             saving = run.save_due(args.save_every, u + 1)  # it is time, or Ctrl-C was pressed
-            # Of the update only this waits for the device, where it writes a record or checks all before a save.
+            # The only wait for the device in an update: for a record, or to see before a save that all is finite.
             progress.step(u + 1, log, model, saving)
             if saving:
                 run.save_checkpoint(folder, {
                     "task": k, "update": u + 1, "model": model.state_dict(), "memory": memory, "log": log,
                     "prev": prev.state_dict(), "optimizer": optimizer.state_dict()})
 
-        reseed("grid")  # the same 64 noises in every run; drawn by the CPU, so also on every device
+        reseed("grid")  # the same 64 noises in every run and, drawn on the CPU, on every device
         with autocast, run.eager():  # 64 images are not worth compiling for
-            x_0 = sample(model, torch.randn(64, *shape).to(device), abar, args.sample_steps)
+            x_0 = sample(model, torch.randn(64, *shape).to(device), abar, args.sample_steps)  # eval mode, no gradients
         run.save_picture(folder / "samples" / f"task{k}.png", data.quantize(x_0), columns=8)
         run.save(folder / f"task{k}.pt", {
             "task": k, "model": model.state_dict(), "memory": memory, "config": vars(args)})
