@@ -1,7 +1,7 @@
 """Generative distillation of a diffusion model, and its variants on current images and on Gaussian noise.
 
-A diffusion model learns a sequence of tasks, two new classes at a time, without keeping old images. Before task k a
-copy of the model is frozen, prev. For every update prev draws, with a few DDIM steps, as many images as there are new
+A diffusion model learns a sequence of tasks, two new classes at a time, without keeping old images. Before task k the
+model is copied and frozen: prev. For every update prev draws, with a few DDIM steps, as many images as there are new
 ones in the batch. The model learns to denoise the new images, and to predict what prev predicts on noised drawn ones.
 
     L = 1/k |eps - model(x_t, t)|^2 + (1 - 1/k) lam |prev(x_r_t, t_r) - model(x_r_t, t_r)|^2
@@ -25,7 +25,7 @@ import run
 from ddim import T, alpha_bar, q_sample, reseed, sample
 from unet import NETS, UNet, why_unfit
 
-# Columns of the log: first the loss, last the gradient's norm. If one of these two is not finite, the run stops.
+# Columns of the log. The run stops if the first, the loss, or the last, the gradient's norm, is not finite.
 LOG = ("loss", "loss_new", "loss_replay", "gradient_norm")
 
 # -------------------------------------------------------------------------------------------------- arguments
@@ -39,7 +39,7 @@ PAPER = dict(class_order="random", length=("epochs", [100]), batch_size=128, lr=
 # DEVIATION: on CIFAR-10 the paper evaluates with 20 DDIM steps in Section 4.2.2, with 10 and with 20 in A.5. Here: 20.
 CIFAR = dict(PAPER, length=("epochs", [200]), batch_size=64, unet="cifar10", flip=True, teacher_steps=10,
              sample_steps=20)
-# 1500 updates of task 1, which starts from random weights, 800 of each later task. LAPTOP has the same small net.
+# SMALL and LAPTOP share a small net. SMALL has 1500 updates of task 1, which starts from random weights, then 800.
 SMALL = dict(PAPER, length=("iterations", [1500, 800]), batch_size=32, lr=5e-4, unet="laptop", image_size=16)
 LAPTOP = dict(SMALL, length=("iterations", [600, 150]), lr=2e-3,
               class_order="0,1|2,7|8,9")  # three tasks; in Fashion-MNIST, garments that differ even at 16x16
@@ -63,12 +63,12 @@ def get_args(argv=None):
     add("--distill", default="generated", choices=list(METHODS), dest="source",
         help="distil on images that the previous model draws (GD), on current images (as LwF does), or on pure noise")
     add("--lambda", dest="lam", type=run.positive(float), help="lam in the loss (paper: GD 0.75, LwF 1.25, noise 8)")
-    add("--teacher-steps", type=run.positive(int, T - 1), help="calls of the previous model for a replayed image, each "
-        "a DDIM step (paper: 2, CIFAR-10 10)")
-    add("--teacher-solver", choices=["ddim", "ipndm"], help="ipndm: each eps is extrapolated from the last four "
-        "(paper: ddim)")
-    add("--first-step", choices=["network", "analytic"], help="analytic: one more step, the first, calls no model: at "
-        "t = 999 all is noise, so eps = x_T, and x_0 is taken as 0 (paper: network)")
+    add("--teacher-steps", type=run.positive(int, T - 1), help="DDIM steps to a replayed image, each with a call of "
+        "the previous model (paper: 2, CIFAR-10 10)")  # T - 1, as an analytic one may come on top
+    add("--teacher-solver", choices=["ddim", "ipndm"], help="ipndm (improved PNDM): a step takes eps extrapolated "
+        "from this call's and the last three (paper: ddim)")
+    add("--first-step", choices=["network", "analytic"], help="analytic: adds a first step without a call: at t = 999 "
+        "all is noise, so eps = x_T, and x_0 is taken as 0, mid-grey (paper: network)")
     length = parser.add_mutually_exclusive_group()  # args.length is ("epochs", [E1, ...]) or ("iterations", [N1, ...])
     length.add_argument("--epochs", type=run.per_task(float, "epochs"), dest="length", metavar="E",
                         help="passes over the images of a task: E, or E1,E2,... (paper: 100; CIFAR-10: 200)")
@@ -87,7 +87,7 @@ def get_args(argv=None):
     info, preset = data.preset(PRESETS, first)  # info: classes, channels; preset: defaults and the number of tasks
     preset["lam"] = {"generated": 0.75, "current": 1.25, "noise": 8.0}[first.source]
     if first.source != "generated":
-        preset.update(teacher_steps=None, teacher_solver=None, first_step=None)  # `complete` refuses them
+        preset.update(teacher_steps=None, teacher_solver=None, first_step=None)  # so that `complete` refuses them
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
     # Refuse options that would do nothing. Add args.preset, args.name (of the run's folder) and titles for report.py.
@@ -116,7 +116,7 @@ def draw(args, prev, abar, shape, k, u):
     reseed(args.seed, "replay", k, u)  # a random stream of this name: a resumed run draws the same images
     x_T = torch.randn(shape, device=abar.device)
     x_r = sample(prev, run.share(x_T), abar, args.teacher_steps, first=args.first_step, solver=args.teacher_solver)
-    return run.gather(x_r, len(x_T))  # with torchrun the images of all processes, as `diffuse` wants them
+    return run.gather(x_r, len(x_T))  # the whole batch again, of which `diffuse` takes this process's share
 
 
 @torch.no_grad()
@@ -162,7 +162,7 @@ def batches(args, index, k, begin, end):
 
 def main(argv=None):
     args = get_args(argv)
-    device, autocast = run.start(args)  # joins torchrun's processes; --precision auto and --compile by the device
+    device, autocast = run.start(args)  # joins torchrun's processes; settles --precision auto and --compile
 
     # Data: one uint8 tensor on the device; a batch is an index into it.
     images, labels = (x.to(device) for x in data.load_images(args.dataset, "train", args.data_dir, args.image_size))
@@ -179,7 +179,7 @@ def main(argv=None):
         run.load_weights(model, args.init)
     model.to(device)
     prev = copy.deepcopy(model).eval().requires_grad_(False)  # in task k it gets the weights after task k-1
-    args.parameters = 2 * sum(p.numel() for p in model.parameters())  # for report.py; with prev, as in Table B.1
+    args.parameters = 2 * sum(p.numel() for p in model.parameters())  # for report.py; model and prev, as in Table B.1
     folder = run.open_folder(vars(args))  # writes args into config.json; from here on Ctrl-C saves first, then stops
     if args.compile:
         for net in (model, prev):
@@ -197,8 +197,8 @@ def main(argv=None):
         replaying = k > 1
         drawing = k > 1 and args.source == "generated"
         part_new = 1 / k  # weight of the new images in the loss
-        # DEVIATION: as in the released runs, and unsaid in the paper, Adam starts afresh with every task and the norm
-        # of the gradient is clipped at 1.
+        # DEVIATION: with every task Adam starts afresh, and the norm of the gradient is clipped at 1. So it is in the
+        # released runs; the paper does not say it.
         optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)  # fused: one kernel for all weights
         prev.load_state_dict(model.state_dict())
         log = torch.zeros(end, len(LOG), device=device)  # a row for each update
@@ -225,7 +225,7 @@ def main(argv=None):
             log[u] = torch.stack([loss, loss_new, loss_replay, norm]).detach()
             run.average(log[u])
             saving = run.save_due(args.save_every, u + 1)  # it is time, or Ctrl-C was pressed
-            # The only wait for the device in an update: for a record, or to see before a save that all is finite.
+            # Waits for the device only to write a record or, before a save, to check that all is finite.
             progress.step(u + 1, log, model, saving)
             if saving:
                 run.save_checkpoint(folder, {
