@@ -76,7 +76,7 @@ def predict(model, x_t, t):
 
 def denoise(x_t, eps, t, abar, clip):
     """x_0 = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t), in [-1, 1] if `clip`; t is one int."""
-    # DEVIATION: 1e-8 is in the released runs, not in the paper: abar_999 is 0, and there x_0 becomes sign(x_t - eps).
+    # DEVIATION: 1e-8 is in the released runs, not in the paper. abar_999 is 0, so clipped x_0 is sign(x_t - eps) there.
     x_0 = (x_t - (1 - abar[t]).sqrt() * eps) / (abar[t] + 1e-8).sqrt()
     return x_0.clamp(-1, 1) if clip else x_0
 

@@ -1,4 +1,4 @@
-"""What a run is, and nothing of what it computes: arguments, speed, processes, folder, resume, save, stop, progress.
+"""What every run has, whatever it computes: arguments, speed, processes, folder, resume, save, stop, progress.
 
 A run folder holds
 
@@ -6,7 +6,7 @@ A run folder holds
     metrics.jsonl        one JSON object a line, a record every few updates
     samples/task<k>.png  a picture after each task
     task<k>.pt           after each task {"task", "model": state dict, "memory", "config"}
-    checkpoint.pt        inside a task the same and whatever else an unbroken run would know; checkpoint.old.pt is older
+    checkpoint.pt        inside a task the same and all else that resuming needs; checkpoint.old.pt is the one before
 
 "memory" is a dict of what a method keeps of old tasks beside its model: tensors, numbers, strings, lists and dicts.
 """
@@ -43,7 +43,7 @@ TYPED = ("data_dir", "out", "device", "compile", "save_every", "restart")  # arg
 rank, world = 0, 1  # this process and how many there are, as torchrun says it
 if "TORCHELASTIC_RUN_ID" in os.environ:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-locks, signals = [], []  # of this process: the run folders it holds, the signals that asked it to stop
+locks, signals = [], []  # of this process: the locks that it holds, the signals that asked it to stop
 last_save = time.monotonic()
 
 
@@ -72,7 +72,7 @@ def main(function):
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        sentence = "out of memory; lower --batch-size or use --precision bf16"
+        sentence = "out of memory; where there is the option, lower --batch-size or use --precision bf16"
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
@@ -119,9 +119,11 @@ def add_arguments(parser):
 def positive(kind, most=sys.float_info.max, zero=False):
     """A type for argparse: a number of that kind, int or float, above 0 (or 0, if `zero`) and at most `most`."""
     def parse(text):
-        if not (0 < kind(text) <= most or zero and kind(text) == 0):
-            raise argparse.ArgumentTypeError(f"must be {'0 or ' * zero}above 0 and at most {most:g}, not {text}")
-        return kind(text)
+        value = kind(text)
+        if not (0 < value <= most or zero and value == 0):
+            limit = f" and at most {most:g}" * (most < sys.float_info.max)
+            raise argparse.ArgumentTypeError(f"must be {'0 or ' * zero}above 0{limit}, not {text}")
+        return value
     parse.__name__ = f"positive {kind.__name__}"  # argparse names it when the text is no number
     return parse
 
@@ -213,6 +215,8 @@ def pick_device(name):
         name = there[0]
     if world > 1 and name == "cuda":
         name = f"cuda:{os.environ['LOCAL_RANK']}"
+        if 0 < cards < int(os.environ["LOCAL_WORLD_SIZE"]):  # each process says so, not the one without a card alone
+            raise InputError(f"there are {cards} CUDA devices: start {cards} processes at most")
     if name not in there:
         raise InputError(f"--device {name} is not there: choose auto, {', '.join(there)}, or fewer processes")
     device = torch.device(name)
@@ -245,7 +249,7 @@ def start(args):
         raise InputError("--compile needs a C++ compiler, on CUDA also triton, and is not there on mps; "
                          "use --no-compile")
     if args.compile:
-        torch._dynamo.config.recompile_limit = 64  # a small buffer makes another batch in every task
+        torch._dynamo.config.recompile_limit = 64  # a small buffer gives each task another batch size
         # The pass that sums over rows and columns in one kernel has given wrong gradients to U-Nets like these
         # (pytorch issues 190796, 193061).
         import torch._inductor.config as inductor
@@ -334,13 +338,13 @@ def open_folder(config):
                         "local*.pt", "replay*.pt", "checkpoint*", "samples/*.png"):
             for path in folder.glob(pattern):
                 path.unlink()
-    for path in folder.rglob("*.tmp"):  # left by a save that was killed
-        path.unlink()
     if not (folder / "config.json").exists():
         if any(folder.glob("*.pt")):
-            raise InputError(f"{folder} holds weights but no config.json; choose another --out or use --restart")
+            raise InputError(f"{folder} holds weights but no config.json; choose another --out or move them away")
         write_json(folder / "config.json", config)
     compare(folder, config, machine)
+    for path in [*folder.glob("*.*.tmp"), *folder.glob("samples/*.*.tmp")]:  # left by a save that was killed
+        path.unlink()
     tasks = " | ".join(", ".join(config["class_names"][c] for c in task) for task in config["class_tasks"])
     print(f"{config['name']}: tasks {tasks}; updates {config['updates']}; into {folder}")
     return folder
@@ -410,7 +414,7 @@ def replace(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(tmp, path)
-    except OSError as error:  # which may not say the place
+    except OSError as error:  # which may lack the path
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         tmp.unlink(missing_ok=True)
@@ -527,7 +531,7 @@ def latest(folder, tasks, device="cpu"):
         print(f"going on from task {state['task']}, update {state['update']}")
     if not rank:
         together(dist.barrier)
-    together(dist.barrier)  # no file is renamed before all have read it
+    together(dist.barrier)  # no later save renames a file before all have read it
     return state
 
 
@@ -549,8 +553,8 @@ class Progress:
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
             records = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut the last line short
             records = [r for r in records if (r["task"], r["update"]) <= (state["task"], state["update"])]
-            self.begun = time.perf_counter() - (records[-1]["seconds"] if records else 0)
-            self.recorded = (records[-1]["task"], records[-1]["update"]) if records else self.recorded
+            last = records[-1] if records else {"task": 0, "update": 0, "seconds": 0}
+            self.begun, self.recorded = time.perf_counter() - last["seconds"], (last["task"], last["update"])
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"{self.path} is damaged; delete it, and the same command goes on") from error
         replace(self.path, lambda file: file.write("".join(json.dumps(r) + "\n" for r in records).encode()))

@@ -256,7 +256,7 @@ def main(argv=None):
         index, since = of_task[k - 1].to(device), time.perf_counter()
         epoch_length = math.ceil(len(index) / BATCH)  # the last, smaller batch is kept
         replaying = args.run and k > 1
-        r = 1 / k if replaying else 1.0
+        part_new = 1 / k if replaying else 1.0  # weight of the new images in the loss
         optimizer = torch.optim.Adam(model.parameters(), LR, fused=True)  # afresh, nothing clipped
         prev = copy.deepcopy(model).eval()  # the classifier of task k-1
         if replaying:
@@ -277,13 +277,13 @@ def main(argv=None):
             if replaying:
                 x_r = pool[torch.randint(len(pool), (len(i),), device=device)] if args.pool else draw(len(i))
             loss_new, loss_replay = losses(model, prev, x_0, y, x_r, args.replay_loss)
-            loss = r * loss_new + (1 - r) * loss_replay
+            loss = part_new * loss_new + (1 - part_new) * loss_replay
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
 
         if not loss.isfinite():  # once not finite, it stays so
-            raise InputError(f"the loss of task {k} is {loss.item()}: try another --seed")
+            raise InputError(f"the loss of task {k} is {loss.item()}" + ": try another --seed" * (not args.run))
         correct.append([count_correct(model, tests[j], test_labels[j]) for j in of_test[:k]])
         last.append([loss.item(), loss_new.item(), loss_replay.item()])
         seconds.append(round(time.perf_counter() - since, 1))

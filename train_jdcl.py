@@ -35,13 +35,13 @@ import run
 from ddim import T, alpha_bar, q_sample, reseed, sample
 from unet import NETS, UNet, resnet18, why_unfit
 
-BETA = 0.01  # weight of what is not distilled in stage 2
+BETA = 0.01  # weight in stage 2 of the terms that do not distil, of eps and CE
 LOG = ("loss", "denoise", "ce", "ce_unlabelled", "kd", "kd_class", "gradient_norm")
 
 # -------------------------------------------------------------------------------------------------- arguments
 
 # crop: the least share of an image that the denoiser's view keeps, in stage 1 and 2. clip: of x_0 at each step of DDIM.
-# DEVIATION: the released CIFAR-10 run learns its third global model with a rate of 2e-5, alone of all; we with 2e-4.
+# DEVIATION: the released CIFAR-10 run has a rate of 2e-5 for its third global model alone; we have 2e-4.
 PAPER = dict(class_order="natural", batch_size=256, lr=2e-4, alpha=1e-3, classifier_view="strong", crop=[0.85, 0.85],
              flip=True, unet="jdcl-cifar", image_size=32, local_init="scratch", local_iterations=[50_000],
              global_iterations=[30_000], classifier_start=10_000, ema_decay=0.9999, replay_per_class=1000,
@@ -82,21 +82,21 @@ def get_args(argv=None):
     add("--separate", action="store_true", help="ablation: a ResNet18 of its own classifies, not the denoiser")
     add("--labels", type=run.positive(float, 1), help="share of the labels that is known (paper: 0.008, 0.05)")
     add("--labelled-only", action="store_true", help="with --labels: leave the other images out")
-    add("--kd-weighting", default="sample", choices=["sample", "group"], help="group: old and new classes weigh alike")
+    add("--kd-weighting", default="sample", choices=["sample", "group"], help="group: old and new images apart")
     add("--teacher", default="ema", choices=["ema", "raw"], help="weights that teach and label; raw: with dropout")
-    add("--local-init", choices=["scratch", "global"], help="of the local model (default: scratch, ImageNet global)")
+    add("--local-init", choices=["scratch", "global"], help="of the local model (paper: scratch, ImageNet-100 global)")
     add("--local-iterations", type=run.per_task(int), metavar="N", help="updates of stage 1: N, or N1,N2,... by task")
     add("--global-iterations", type=run.per_task(int), metavar="N", help="updates of stage 2: N, or N2,N3,... by task")
     add("--classifier-start", type=run.whole, help="update of stage 2 from which it learns to classify (paper: 10000)")
-    add("--ema-decay", type=run.positive(float, 1), help="most decay of the weights' moving average (paper: 0.9999)")
+    add("--ema-decay", type=run.positive(float, 1), help="upper limit of the EMA's decay (paper: 0.9999)")
     add("--replay-per-class", type=run.positive(int), help="images drawn for each class (paper: 1000, 400, 1040)")
     add("--replay-steps", type=run.positive(int, T), help="DDIM steps of the replay (paper: 250)")
-    add("--replay-cap", type=run.positive(float, 1e6), default=2.0, help="most images drawn for each that is wanted")
+    add("--replay-cap", type=run.positive(float, 1e6), default=2.0, help="limit of images drawn, for each one wanted")
     add("--batch-size", type=run.positive(int), help="images per update (paper: 256)")
     add("--lr", type=run.positive(float), help="learning rate of AdamW (paper: 2e-4)")
     add("--alpha", type=run.positive(float), help="weight of the classifier's terms (paper: 0.001)")
     add("--unet", choices=[name for name in NETS if name.startswith("jdcl")], help="network (default: the dataset's)")
-    add("--eval-every", type=run.positive(int), help="updates between two accuracies (paper: 500)")
+    add("--eval-every", type=run.positive(int), help="updates between two evaluations (paper: 500)")
     run.add_arguments(parser)
 
     # A first look finds the preset. It becomes the defaults of the parser, so that the command line wins.
@@ -104,8 +104,13 @@ def get_args(argv=None):
     info, preset = data.preset(PRESETS, first)
     two_stages = ["kd_weighting", "local_init", "global_iterations", "classifier_start"]
     drawing = ["no_kd", "one_stage", "teacher", "replay_per_class", "replay_steps", "replay_cap"]
-    idle = ((drawing + two_stages) * (first.source != "generated") + (["labels"] + two_stages) * first.one_stage
-            + ["kd_weighting"] * first.no_kd + ["labelled_only"] * (not first.labels))
+    idle = [] if first.labels else ["labelled_only"]
+    if first.source != "generated":
+        idle += drawing + two_stages
+    if first.one_stage:
+        idle += ["labels", *two_stages]
+    if first.no_kd:
+        idle += ["kd_weighting"]
     preset.update(dict.fromkeys(idle))  # None: it does not apply
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
@@ -115,9 +120,10 @@ def get_args(argv=None):
     for key, most in ("local_iterations", args.tasks), ("global_iterations", max(1, args.tasks - 1)):
         if len(args.departs.get(key, [])) > most:
             parser.error(f"--{key.replace('_', '-')} takes at most {most} values here")
-    if args.source == "generated" and not args.one_stage and args.classifier_start >= min(args.global_iterations):
+    stage_2 = [n_global for _, n_global in count_updates(args, vars(args)) if n_global]
+    if args.classifier_start is not None and stage_2 and args.classifier_start >= min(stage_2):
         parser.error(f"--classifier-start {args.classifier_start} must be below --global-iterations")
-    # In every batch each process has an image of the old and of the new classes, and FixMatch one label in eight.
+    # In each batch every process needs an old and a new image, and FixMatch labels one in eight. ResNet18 needs two.
     sizes = [len(classes) for classes in args.class_tasks]
     least = max(run.world * math.ceil(sum(sizes) / min(sizes)), 8 if args.labels else 2)
     if args.batch_size < least:
@@ -179,7 +185,7 @@ def semi_supervised_losses(args, model, x_t, t, eps, x_strong, x_l, x_weak, y_l)
     softmax(model.classify(x_weak)), no gradient; x_strong and x_weak are views of the images of x_t.
     """
     with torch.no_grad():
-        confidence, label = model.classify(x_weak).softmax(1).max(1)
+        confidence, label = model.classify(x_weak).float().softmax(1).max(1)
     logits = model.classify(torch.cat([x_l, x_strong]))
     denoise, ce = F.mse_loss(model(x_t, t), eps), F.cross_entropy(logits[:len(y_l)], y_l)
     ce_u = (F.cross_entropy(logits[len(y_l):], label, reduction="none") * (confidence >= 0.95)).mean()
@@ -187,7 +193,7 @@ def semi_supervised_losses(args, model, x_t, t, eps, x_strong, x_l, x_weak, y_l)
 
 
 def kd_mean(args, d, n, part):
-    """Of distances d (B,), the first n of old classes: 2 mean(d), or mean(d_old) + mean(d_new).
+    """Of distances d (B,), those of the n old images first: 2 mean(d), or mean(d_old) + mean(d_new).
 
     With torchrun n is that of the process, `part` the share of old images in the whole batch.
     DEVIATION: the paper's formula is the second, "group"; the released code weighs samples alike since September 2024.
@@ -247,7 +253,7 @@ def of_classes(images, classes):
 
 
 def count(model, images, classes):
-    """{c: (right, of)}: of the images (u8, y) of each class c the model gives so many class c, out of all it knows."""
+    """{c: (right, of)}: so many images (u8, y) of each class c are given class c, out of all classes of the dataset."""
     u8, y = of_classes(images, classes)
     y = y.cpu()
     right = classify(model, u8).argmax(1) == y
@@ -259,10 +265,10 @@ def accuracy(counts, classes):
     return sum(counts[c][0] for c in classes) / sum(counts[c][1] for c in classes)
 
 
-def measure(job, x_r=None):
+def measure(job, stage, x_r=None):
     """Accuracies of job.ema by name, on test images; in stage 2 also on the replayed images x_r (u8, y)."""
-    # Where a stage 2 is to come, without x_r it is a local model, which knows the new classes alone.
-    classes = job.classes if job.n_global and not x_r else job.seen
+    is_local = stage == "local" and job.n_global  # a local model, which a stage 2 will follow
+    classes = job.classes if is_local else job.seen
     counts, first = count(job.ema, job.test, classes), job.args.class_tasks[0]
     found = {"accuracy": accuracy(counts, classes), "accuracy_by_class": {c: accuracy(counts, [c]) for c in classes}}
     if first[0] in classes:
@@ -274,7 +280,7 @@ def measure(job, x_r=None):
 
 
 def summary(correct, total):
-    """Of correct[k][j], how many of the total[j] test images of task j <= k are right after task k; K tasks are done.
+    """Of correct[k][j], the test images of task j <= k that are right after task k, out of total[j]; K tasks are done.
 
     matrix a_kj = correct_kj / total_j, accuracy of all classes seen after each task k, average_accuracy mean_j a_Kj,
     average_forgetting mean_{j<K} (max_{j<=m<K} a_mj - a_Kj), None for K = 1 (Chaudhry et al., arXiv 1801.10112).
@@ -290,7 +296,7 @@ def summary(correct, total):
 # `job`, made in main, is all that they share. Its networks stay, their weights come and go.
 
 def snapshot(job, **more):
-    """What each file of weights holds: of the model that learns its moving average, itself, the updates averaged."""
+    """What each file of weights holds: the moving average, the raw weights, over how many updates it has averaged."""
     return {"task": job.k, "model": job.ema.state_dict(), "raw": job.model.state_dict(), "count": job.count,
             "memory": {}, "config": vars(job.args), **more}
 
@@ -312,7 +318,7 @@ def pick(images, n):
 
 
 def make_batch(job, smallest, u8, y, *views):
-    """x_t, t, eps of the denoiser's view of images u8, x_c for each (view, images), "strong", "weak" or None, and y.
+    """x_t, t, eps of the denoiser's view of images u8, x_c for each (view, images), and y; of view None x_c is None.
 
     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, each image with its own t from 0 .. T-1 and eps ~ N(0, I). With
     torchrun each process draws the random numbers of the whole batch and returns its own share.
@@ -333,6 +339,7 @@ def learn(job, stage, saved, losses, x_r=None):
     before, n = (0, job.n_local) if stage == "local" else (job.n_local, job.n_global)  # updates before the stage, in it
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.01, fused=True)
     log, start = torch.zeros(before + n, len(LOG), device=job.device), 0  # a row for each update of the task
+    lacking = torch.full((), math.nan, device=job.device)  # in the log, for a term that an update does not have
     if "optimizer" in job.state:  # the run was stopped inside this stage
         saved, start = job.state, job.state["update"] - before
         optimizer.load_state_dict(saved["optimizer"])
@@ -349,19 +356,19 @@ def learn(job, stage, saved, losses, x_r=None):
         terms["loss"].backward()
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         run.average(*grads)  # over the processes of torchrun
-        norm = nn.utils.get_total_norm(grads)
+        terms["gradient_norm"] = nn.utils.get_total_norm(grads)
         optimizer.step()
         job.count += 1
         update_ema(job.ema, model, job.count, args.ema_decay)
         update = before + u + 1
-        lacking = torch.full_like(norm, math.nan)
-        log[update - 1] = torch.stack([*(terms.get(name, lacking) for name in LOG[:-1]), norm]).detach()
+        log[update - 1] = torch.stack([terms.get(name, lacking) for name in LOG]).detach()
         run.average(log[update - 1])
 
         # Once in a while a record, accuracies or a checkpoint: only here does the script wait for the device.
-        saving, evaluating = run.save_due(args.save_every, update), (u + 1) % args.eval_every == 0 or u + 1 == n
+        saving = run.save_due(args.save_every, update)
+        evaluating = (u + 1) % args.eval_every == 0 or u + 1 == n
         job.progress.step(update, log, model, saving, evaluating, lambda: {
-            "stage": stage, **(measure(job, x_r) if evaluating else {})})
+            "stage": stage, **(measure(job, stage, x_r) if evaluating else {})})
         if saving:
             run.save_checkpoint(job.folder, snapshot(job, update=update, stage=stage, log=log,
                                                      optimizer=optimizer.state_dict()))
@@ -373,7 +380,8 @@ def learn_local(job, previous):
     In:  previous, the content of task<k-1>.pt, where --local-init global begins.
     Out: job's weights; where stage 2 follows, they and their accuracy are saved in local<k>.pt.
     """
-    args, classes = job.args, job.seen if job.args.source == "all" else job.classes
+    args = job.args
+    classes = job.seen if args.source == "all" else job.classes
     real, labelled = (images and of_classes(images, classes) for images in (job.train, job.labelled))
 
     def losses(u):
@@ -387,13 +395,15 @@ def learn_local(job, previous):
         batch = make_batch(job, args.crop[0], u8, y_l, ("strong", u8), ("weak", u8_l), ("weak", u8))
         return semi_supervised_losses(args, job.model, *batch)
 
+    begin = previous
     if job.k == 1 or args.local_init == "scratch":
         reseed(args.seed, "weights", job.k)
         scratch = build(args).state_dict()
-        previous = {"model": scratch, "raw": scratch, "count": 0}
-    learn(job, "local", previous, losses)
+        begin = {"model": scratch, "raw": scratch, "count": 0}
+    learn(job, "local", begin, losses)
     if job.n_global:
-        run.save(job.folder / f"local{job.k}.pt", snapshot(job, accuracy=measure(job)["accuracy"]))
+        right = accuracy(count(job.ema, job.test, job.classes), job.classes)
+        run.save(job.folder / f"local{job.k}.pt", snapshot(job, accuracy=right))
 
 
 def draw(job, side, classes, saved, labeller):
@@ -405,8 +415,8 @@ def draw(job, side, classes, saved, labeller):
     """
     # DEVIATION: the released code stops at abar_0, with 3 % of noise left, and labels floats before clamping them.
     args, batch, quota = job.args, 8 * job.args.batch_size, job.args.replay_per_class
-    none = torch.empty(0, *job.shape, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
-    u8, y = job.state["drawn"].get(side, none)  # what a checkpoint had of it
+    nothing = torch.empty(0, *job.shape, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
+    u8, y = job.state["drawn"].get(side, nothing)  # what a checkpoint had of it
     job.ema.load_state_dict(saved["model"])
     cap = math.ceil(args.replay_cap * quota * len(classes))
     for n in tqdm(range(len(y), cap, batch), f"task {job.k}: {side} images", leave=False, disable=run.rank > 0 or None):
@@ -437,8 +447,7 @@ def draw(job, side, classes, saved, labeller):
         reseed(args.seed, "copies", job.k, c)
         copies = own[torch.randint(len(own), (quota - len(own),))]
         images += [own, data.diffusion_view(copies, args.flip, 0.9 if side == "old" else 0.85)]
-    copies = [max(0, quota - found[c]) for c in there]
-    about = {"drawn": len(y), "found": found, "copies": copies}
+    about = {"drawn": len(y), "found": found, "copies": [max(0, quota - found[c]) for c in there]}
     return torch.cat(images), torch.tensor(there).repeat_interleave(quota), about
 
 
@@ -495,15 +504,15 @@ def learn_global(job, previous, replay):
             return one_stage_losses(args, job.model, job.old, n, *batch)
         return distillation_losses(args, job.model, job.old, job.new, n, n_old / args.batch_size, *batch)
 
-    # The last layer's rows of unseen classes begin anew: so far they have only learned not to be chosen. This changes
-    # `previous` in place, of which the teacher has its own copy.
+    # The last layer's rows of classes not yet learned begin anew: so far they have only learned not to be chosen. The
+    # biases stay. This changes `previous` in place, of which the teacher has its own copy.
     # DEVIATION: all released settings ask for this, but in the released code it no longer happens.
     last = f"head.{len(job.model.head) - 1}.weight"
-    unseen = [c not in job.learned for c in range(len(args.class_names))]
+    not_learned = [c not in job.learned for c in range(len(args.class_names))]
     reseed(args.seed, "head", job.k)
-    rows = nn.init.xavier_uniform_(torch.empty(previous["raw"][last].shape))[unseen]
+    rows = nn.init.xavier_uniform_(torch.empty_like(previous["raw"][last]))[not_learned]
     for weights in previous["raw"], previous["model"]:
-        weights[last][unseen] = rows
+        weights[last][not_learned] = rows
     learn(job, "global", previous, losses, x_r)
 
 
@@ -550,7 +559,7 @@ def main(argv=None):
     # The networks, the run folder, and where the run stands.
     model = build(args).to(device)
     ema, old, new = (copy.deepcopy(model).eval().requires_grad_(False) for _ in range(3))
-    held = 2 if args.source != "generated" else 3 if args.one_stage else 4  # of these four the method needs so many
+    held = 2 if args.source != "generated" else 3 if args.one_stage else 4  # how many of these four the method needs
     stages = count_updates(args, vars(args))
     args.updates, args.preset_updates = ([sum(n) for n in of] for of in (stages, count_updates(args, args.preset)))
     args.parameters = held * sum(p.numel() for p in model.parameters())
@@ -565,7 +574,7 @@ def main(argv=None):
         args=args, device=device, autocast=autocast, abar=alpha_bar(args.schedule).to(device), folder=folder,
         state=state, progress=run.Progress(folder, state, args.updates, LOG, device),
         train=train, labelled=labelled, test=test, shape=train[0].shape[1:],
-        model=model, ema=ema, count=0,  # the model that learns; its average over so many updates, also to draw with
+        model=model, ema=ema, count=0,  # the model that learns; its EMA, which also draws; over how many updates
         old=old, new=new)               # the teachers of old and of new classes in stage 2
 
     for k in range(state["task"], args.tasks + 1):

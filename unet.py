@@ -32,8 +32,8 @@ from torchvision.models.resnet import BasicBlock
 # Ho et al.'s net as google/ddpm-cifar10-32 has it. Their dropout of 0.1 is in neither, nor in the released runs.
 AS_RUN = dict(groups=32, eps=1e-5, head_width=8, padding=1, sin_first=False, shift=0)
 AS_HO = dict(groups=32, eps=1e-6, head_width=256, padding=0, sin_first=True, shift=1)  # 256 channels, so one head
-# 8 groups divide every width of the laptop nets, also 16 + 32 = 48, and leave at least two channels to a group: with
-# one, GroupNorm would cancel the time, which a residual block adds as one number per channel.
+# 8 groups divide every width of the laptop nets, also 16 + 32 = 48, and each has two channels or more. With one channel
+# GroupNorm would cancel the time, which a residual block adds to a channel as one number.
 LAPTOP = dict(AS_RUN, groups=8, channels=(16, 32, 32), layers=1, attention=())
 # DEVIATION: JDCL (arXiv 2411.08224) has attention at 32x32, 16x16 and 8x8 of ImageNet's 64x64, but its released code
 # takes these sides for factors, and only 8x8 has it. "jdcl-imagenet100" follows the code.
@@ -54,7 +54,7 @@ NETS = {
 }
 
 
-def time_embedding(t, dim, sin_first, shift):
+def sinusoids(t, dim, sin_first, shift):
     """[cos(t f_k), sin(t f_k)] with f_k = 10000^(-k / (dim/2 - shift)), k = 0 .. dim/2 - 1; t (B,) -> (B, dim).
 
     The sinusoids of Vaswani et al. (arXiv 1706.03762v7, Section 3.5), all cosines before all sines, or after them if
@@ -105,7 +105,7 @@ class Attention(nn.Module):
         self.head_width = head_width
         self.group_norm = norm(c)
         self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
-        self.to_out = nn.Sequential(nn.Linear(c, c))  # a Sequential because its name is to_out.0
+        self.to_out = nn.Sequential(nn.Linear(c, c))  # a Sequential for diffusers' name, to_out.0
 
     def forward(self, x):
         y = self.group_norm(x).flatten(2).transpose(1, 2)                           # (B, C, H, W) -> (B, H*W, C)
@@ -168,7 +168,7 @@ class UNet(nn.Module):
             lists = dict(resnets=resnets, attentions=attentions, **resample)
             return nn.ModuleDict({name: nn.ModuleList(modules) for name, modules in lists.items()})
 
-        self.embed = partial(time_embedding, dim=C0, sin_first=sin_first, shift=shift)
+        self.sinusoids = partial(sinusoids, dim=C0, sin_first=sin_first, shift=shift)
         self.time_embedding = nn.Sequential(OrderedDict(
             linear_1=nn.Linear(C0, 4 * C0), act=nn.SiLU(), linear_2=nn.Linear(4 * C0, 4 * C0)))
         self.conv_in = nn.Conv2d(in_channels, C0, 3, padding=1)
@@ -196,9 +196,10 @@ class UNet(nn.Module):
 
         self.conv_norm_out = norm(C0)
         self.conv_out = nn.Conv2d(C0, in_channels, 3, padding=1)
-        for name, p in self.named_parameters() if zero_init else ():
-            if {"conv2", "to_out", "conv_out"} & {*name.split(".")}:
-                nn.init.zeros_(p)
+        if zero_init:
+            for name, p in self.named_parameters():
+                if {"conv2", "to_out", "conv_out"} & {*name.split(".")}:
+                    nn.init.zeros_(p)
 
     def encode(self, x_t, t):
         """The way down and the middle: h (B, c, H/factor, W/factor), all skips in the order computed, e (B, 4 C0)."""
@@ -208,7 +209,7 @@ class UNet(nn.Module):
             f"the sides of x_t must be multiples of {self.factor}, not {tuple(x_t.shape[2:])}")
         assert t.shape == x_t.shape[:1], f"t must hold one time per image, ({len(x_t)},), not {tuple(t.shape)}"
 
-        e = self.time_embedding(self.embed(t).to(x_t.dtype))                        # (B,) -> (B, C0) -> (B, 4 C0)
+        e = self.time_embedding(self.sinusoids(t).to(x_t.dtype))                        # (B,) -> (B, C0) -> (B, 4 C0)
         h = self.conv_in(x_t)                                                       # (B, C, H, W) -> (B, C0, H, W)
         skips = [h]
         for block in self.down_blocks:
@@ -253,10 +254,10 @@ def resnet18(channels, classes, width=64, imagenet=False):
     if not imagenet:
         net.inplanes, net.maxpool = width, nn.Identity()
         net.conv1, net.bn1 = nn.Conv2d(channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
-        for i in range(4):
-            setattr(net, f"layer{i + 1}", net._make_layer(BasicBlock, width << i, 2, stride=1 + (i > 0)))
+        for i, stride in enumerate((1, 2, 2, 2)):
+            setattr(net, f"layer{i + 1}", net._make_layer(BasicBlock, width * 2**i, 2, stride))
         for conv in (m for m in net.modules() if isinstance(m, nn.Conv2d)):
-            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # torchvision's own
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
     net.fc = nn.Linear(net.layer4[1].conv2.out_channels, classes)
     return net.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
 
@@ -278,7 +279,7 @@ def cost(name):
     """
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         model = UNet(**NETS[name])
-        side = 64 if name == "jdcl-imagenet100" else 4 * model.factor               # every other net ends at 4x4
+        side = 64 if name == "jdcl-imagenet100" else 4 * model.factor               # the others' lowest level is 4x4
         model(torch.empty(1, model.in_channels, side, side), torch.zeros(1, dtype=torch.int64))
     return side, sum(p.numel() for p in model.parameters()), counter.get_total_flops()
 

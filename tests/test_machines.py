@@ -70,6 +70,17 @@ def test_a_device_by_any_name_is_one_that_torch_takes(monkeypatch, name, cards, 
     assert found == torch.device(device) and chosen == [found.index or 0] * (found.type == "cuda")
 
 
+def test_more_processes_than_cards_are_refused_by_each(monkeypatch):
+    for name, value in dict(is_available=True, device_count=2).items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(run, "world", 3)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    for rank in "012":
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(run.InputError, match="there are 2 CUDA devices: start 2 processes at most"):
+            run.pick_device("auto")
+
+
 @pytest.mark.parametrize("device, lacks, asked, found", [
     ("cuda", "", "", "bf16 True"), ("cuda", "bf16", "", "fp32 False"), ("cuda", "compiler", "", "bf16 False"),
     ("cuda", "triton", "", "bf16 False"), ("cuda", "", "--precision fp32 --no-compile", "fp32 False"),

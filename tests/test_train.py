@@ -297,11 +297,13 @@ def test_a_folder_with_other_settings_is_refused_with_the_difference(main, tmp_p
     assert "lam was 0.75 and is 2.0" in other.stderr and "--restart" in other.stderr
     assert (tmp_path / "run/task2.pt").read_bytes() == before
     (tmp_path / "run/mine.json").write_text("{}")
+    (tmp_path / "run/mine.tmp").touch()
     (tmp_path / "run/task1.pt.damaged").touch()
     main("train_gd.py", *common, "--lambda", "2", "--restart", "--init", "typo.pt", code=2)
     assert (tmp_path / "run/task2.pt").read_bytes() == before, "nothing is thrown away for a run that cannot start"
     main("train_gd.py", *common, "--lambda", "2", "--restart")
-    assert (tmp_path / "run/mine.json").exists() and not (tmp_path / "run/task1.pt.damaged").exists(), (
+    there = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"mine.json", "mine.tmp"} < there and "task1.pt.damaged" not in there, (
         "--restart deletes all of a run's own files and no other")
     assert json.loads((tmp_path / "run/config.json").read_text())["lam"] == 2
     assert len(lives(tmp_path / "run")) == 2
