@@ -641,10 +641,13 @@ def jdcl_figures(runs):
 def figures(runs, out, device):
     """Draw all figures whose runs are there, for each dataset and what departs from its presets; return their names."""
     def family(r):
-        scale, departs = f"-{r.scale}" * (r.scale != "paper"), r.name.removeprefix(r.base)
+        if r.curve:  # JDCL's: one figure shows all with the same tasks
+            same = {key: r.departs[key] for key in ("tasks", "class_order") if key in r.departs}
+            return r.dataset_name, run.run_name("", same, r.scale), True
+        departs = r.name.removeprefix(r.base)
         for swept in f"-lam{r.departs.get('lam')}", r.variant.replace(", ", "-"):  # one figure shows all
             departs = departs.replace(swept, "")
-        return r.dataset_name, scale if r.curve else departs, bool(r.curve)
+        return r.dataset_name, departs, False
 
     made = []
     for (dataset, departs, classifies), some in sorted(group(runs, family).items()):

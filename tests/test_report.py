@@ -379,6 +379,7 @@ def test_saved_results_give_the_same_tables_and_figures(tmp_path, capsys):
         make(runs, "gr-2", s, n=2000, scale="laptop", tasks=3)
         make_target(runs, 0.2, s)
         make_jdcl(runs, "jdcl", s, 0.5 + s / 10000, scale="small", dataset="fashion-mnist")
+    make_jdcl(runs, "jdcl", scale="small", dataset="fashion-mnist", departs={"class_order": "0|1,2", "labels": 0.05})
     make(runs, "gr-2", done=2)
     report.main([str(runs), "--save", str(results)])
     first = capsys.readouterr().out
@@ -387,7 +388,7 @@ def test_saved_results_give_the_same_tables_and_figures(tmp_path, capsys):
         report.main(folders)
         assert capsys.readouterr().out == first
     assert {p.parent.name for p in results.glob("fashion-mnist/*/seed42.json")} == {
-        "gd-2", "gr-2-laptop", "classifier-finetune", "gr-2", "jdcl-small"}
+        "gd-2", "gr-2-laptop", "classifier-finetune", "gr-2", "jdcl-small", "jdcl-class_order0-1_2-labels0.05-small"}
     saved = json.loads((results / "fashion-mnist/gd-2/seed42.json").read_text())
     assert set(saved) == {"device", "tasks_done", "config", "eval", "classifier", "accuracy", "metrics"}
     assert saved["device"]
@@ -396,7 +397,8 @@ def test_saved_results_give_the_same_tables_and_figures(tmp_path, capsys):
     assert text.startswith(first)
     assert {p.name for p in results.glob("*.png")} == {  # what needs neither weights nor pictures
         *(f"{name}-fashion-mnist{scale}.png" for name in ("figure4", "figureB2") for scale in ("", "-laptop")),
-        "jdcl-figure4-fashion-mnist-small.png", "jdcl-figure5-fashion-mnist-small.png"}
+        "jdcl-figure4-fashion-mnist-small.png", "jdcl-figure5-fashion-mnist-small.png",
+        "jdcl-figure5-fashion-mnist-class_order0-1_2-small.png"}
     for path in results.glob("*.png"):
         pictures = [np.asarray(Image.open(folder / path.name).convert("RGB")) for folder in (runs, results)]
         assert (pictures[0] == pictures[1]).all() and pictures[0].std() > 10 and f"({path.name})" in text
