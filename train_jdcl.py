@@ -121,7 +121,7 @@ def get_args(argv=None):
         if len(args.departs.get(key, [])) > most:
             parser.error(f"--{key.replace('_', '-')} takes at most {most} values here")
     stage_2 = [n_global for _, n_global in count_updates(args, vars(args)) if n_global]
-    if args.classifier_start is not None and stage_2 and args.classifier_start >= min(stage_2):
+    if args.classifier_start is not None and args.classifier_start >= min(stage_2, default=math.inf):
         parser.error(f"--classifier-start {args.classifier_start} must be below --global-iterations")
     # In each batch every process needs an old and a new image, and FixMatch labels one in eight. ResNet18 needs two.
     sizes = [len(classes) for classes in args.class_tasks]

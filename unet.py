@@ -209,7 +209,7 @@ class UNet(nn.Module):
             f"the sides of x_t must be multiples of {self.factor}, not {tuple(x_t.shape[2:])}")
         assert t.shape == x_t.shape[:1], f"t must hold one time per image, ({len(x_t)},), not {tuple(t.shape)}"
 
-        e = self.time_embedding(self.sinusoids(t).to(x_t.dtype))                        # (B,) -> (B, C0) -> (B, 4 C0)
+        e = self.time_embedding(self.sinusoids(t).to(x_t.dtype))                    # (B,) -> (B, C0) -> (B, 4 C0)
         h = self.conv_in(x_t)                                                       # (B, C, H, W) -> (B, C0, H, W)
         skips = [h]
         for block in self.down_blocks:

@@ -24,6 +24,7 @@ gd-2-tasks1-class_order0_1-2_7: train_gd --class-order 0,1|2,7 --tasks 1 --seed 
 jdcl-tasks10: train_jdcl --dataset cifar100 --tasks 10
 jdcl-labels0.008-labelled_only: train_jdcl --labels 0.008 --labelled-only
 jdcl-local_iterations5_6: train_jdcl --local-iterations 5,6
+jdcl-classifier_start80000-tasks2: train_jdcl --dataset cifar100 --tasks 2 --classifier-start 80000
 classifier-joint: train_classifier --replay all --epochs 20
 classifier-finetune-tasks2-epochs5.0: train_classifier --replay none --epochs 5 --tasks 2""".strip().splitlines()]
 

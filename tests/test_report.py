@@ -255,7 +255,7 @@ def test_the_claims_hold_of_the_papers_own_numbers(tmp_path, capsys):
     # With one seed finetuning's KLD is below GR's. JDCL and what it is compared with have one seed.
     assert [line.partition(":")[0] for line in lines] == (
         ["holds"] * 7 + ["open"] * 3 + ["not run", "open"] + ["not run"] * 2 + ["open", "not run"])
-    assert "more than 2 points; true with 1 of 1 seeds" in lines[14]
+    assert "add more than 2 points; true with 1 of 1 seeds" in lines[14]
     assert "no average_accuracy of jdcl --one-stage" in lines[10] and "er-1000 21.6 ± 0.9 (3)" in lines[5]
     assert "true with 2 of 3 seeds" in lines[7]
 
