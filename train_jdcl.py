@@ -43,14 +43,14 @@ LOG = ("loss", "denoise", "ce", "ce_unlabelled", "kd", "kd_class", "gradient_nor
 # crop: the least share of an image that the denoiser's view keeps, in stage 1 and 2. clip: of x_0 at each step of DDIM.
 # DEVIATION: the released CIFAR-10 run has a rate of 2e-5 for its third global model alone; we have 2e-4.
 PAPER = dict(class_order="natural", batch_size=256, lr=2e-4, alpha=1e-3, classifier_view="strong", crop=[0.85, 0.85],
-             flip=True, unet="jdcl-cifar", image_size=32, local_init="scratch", local_iterations=[50_000],
-             global_iterations=[30_000], classifier_start=10_000, ema_decay=0.9999, replay_per_class=1000,
-             replay_steps=250, clip=False, sample_steps=250, eval_every=500)
+             flip=True, unet="jdcl-cifar", image_size=32, labelled_batch=32, local_init="scratch",
+             local_iterations=[50_000], global_iterations=[30_000], classifier_start=10_000, ema_decay=0.9999,
+             replay_per_class=1000, replay_steps=250, clip=False, sample_steps=250, eval_every=500)
 # A small net does not overfit in a few hundred updates, so strong views and crops would only cost accuracy. It has less
 # time to find the classes, hence the larger alpha. Unless x_0 is clipped, some of its images are static. The moving
 # average spans a quarter of stage 2 (paper: a third).
 SMALL = dict(PAPER, batch_size=64, lr=2e-3, alpha=0.03, classifier_view="weak", crop=[1.0, 1.0], flip=False,
-             unet="jdcl-laptop", image_size=16, local_iterations=[1000], global_iterations=[1400],
+             unet="jdcl-laptop", image_size=16, labelled_batch=8, local_iterations=[1000], global_iterations=[1400],
              classifier_start=350, ema_decay=0.997, replay_per_class=400, replay_steps=25, clip=True, sample_steps=25,
              eval_every=100)
 LAPTOP = dict(SMALL, local_iterations=[400], global_iterations=[400], classifier_start=133, ema_decay=0.99,
@@ -82,6 +82,7 @@ def get_args(argv=None):
     add("--separate", action="store_true", help="ablation: a ResNet18 of its own classifies, not the denoiser")
     add("--labels", type=run.positive(float, 1), help="share of the labels that is known (paper: 0.008, 0.05)")
     add("--labelled-only", action="store_true", help="with --labels: leave the other images out")
+    add("--labelled-batch", type=run.positive(int), help="with --labels: those of --batch-size with one (paper: 32)")
     add("--kd-weighting", default="sample", choices=["sample", "group"], help="group: old and new images apart")
     add("--teacher", default="ema", choices=["ema", "raw"], help="weights that teach and label; raw: with dropout")
     add("--local-init", choices=["scratch", "global"], help="of the local model (paper: scratch, ImageNet-100 global)")
@@ -105,6 +106,8 @@ def get_args(argv=None):
     two_stages = ["kd_weighting", "local_init", "global_iterations", "classifier_start"]
     drawing = ["no_kd", "one_stage", "teacher", "replay_per_class", "replay_steps", "replay_cap"]
     idle = [] if first.labels else ["labelled_only"]
+    if first.labelled_only or not first.labels:
+        idle += ["labelled_batch"]
     if first.source != "generated":
         idle += drawing + two_stages
     if first.one_stage:
@@ -123,11 +126,13 @@ def get_args(argv=None):
     stage_2 = [n_global for _, n_global in count_updates(args, vars(args)) if n_global]
     if args.classifier_start is not None and args.classifier_start >= min(stage_2, default=math.inf):
         parser.error(f"--classifier-start {args.classifier_start} must be below --global-iterations")
-    # In each batch every process needs an old and a new image, and FixMatch labels one in eight. ResNet18 needs two.
+    # In each batch every process needs an old and a new image. ResNet18 needs two.
     sizes = [len(classes) for classes in args.class_tasks]
-    least = max(run.world * math.ceil(sum(sizes) / min(sizes)), 8 if args.labels else 2)
+    least = max(run.world * math.ceil(sum(sizes) / min(sizes)), 2)
     if args.batch_size < least:
         parser.error(f"--batch-size must be {least} or more here")
+    if args.labelled_batch and args.labelled_batch >= args.batch_size:
+        parser.error(f"--labelled-batch {args.labelled_batch} must be below --batch-size {args.batch_size}")
     if why := why_unfit(args.unet, info.channels, args.image_size):
         parser.error(why)
     return args
@@ -390,8 +395,7 @@ def learn_local(job, previous):
             return joint_losses(args, job.model, *make_batch(job, args.crop[0], u8, y, (args.classifier_view, u8)))
         # DEVIATION: released runs with few labels have an EMA decay of 0.999, CIFAR-10's with 5 % a batch of 128 and
         # crops of 0.64 and more.
-        few = args.batch_size // 8
-        (u8_l, y_l), (u8, _) = pick(labelled, few), pick(real, args.batch_size - few)
+        (u8_l, y_l), (u8, _) = pick(labelled, args.labelled_batch), pick(real, args.batch_size - args.labelled_batch)
         batch = make_batch(job, args.crop[0], u8, y_l, ("strong", u8), ("weak", u8_l), ("weak", u8))
         return semi_supervised_losses(args, job.model, *batch)
 

@@ -69,7 +69,9 @@ train_jdcl.py --one-stage --classifier-start 0
 train_jdcl.py --one-stage --labels 0.5
 train_jdcl.py --no-kd --kd-weighting group
 train_jdcl.py --labelled-only
-train_jdcl.py --labels 0.5 --batch-size 7
+train_jdcl.py --labelled-batch 8
+train_jdcl.py --labels 0.5 --labelled-only --labelled-batch 8
+train_jdcl.py --labels 0.5 --batch-size 32
 train_jdcl.py --batch-size 4
 train_jdcl.py --class-order 0,1,2|3 --batch-size 3
 train_jdcl.py --local-iterations 1,1,1,1,1,1

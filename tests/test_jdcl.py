@@ -490,7 +490,7 @@ ABLATIONS = [  # flags, whether task 1 stays as it is, the stages of task 2, the
     ("--one-stage --no-kd", True, "g", {"denoise", "ce"}),
     ("--kd-weighting group", True, "lg", ALL), ("--teacher raw", True, "lg", ALL),
     ("--local-init global", True, "lg", ALL), ("--classifier-start 0", True, "lg", ALL),
-    ("--labels 0.1", False, "lg", ALL), ("--labels 0.1 --labelled-only", False, "lg", ALL),
+    ("--labels 0.1 --labelled-batch 1", False, "lg", ALL), ("--labels 0.1 --labelled-only", False, "lg", ALL),
     ("--replay none", True, "l", {"denoise", "ce"}), ("--replay all", True, "l", {"denoise", "ce"})]
 
 
@@ -502,7 +502,7 @@ def test_every_ablation_does_something(finished, flags, first, stages, terms):
     two = records(folder, 2)
     assert "".join(r["stage"][0] for r in two) == "".join(stage * 6 for stage in stages)
     assert {name for name in two[-1] if name in {"ce_unlabelled", *ALL}} == terms
-    assert ("ce_unlabelled" in two[0]) == (flags == "--labels 0.1")
+    assert ("ce_unlabelled" in two[0]) == (flags == "--labels 0.1 --labelled-batch 1")
     files = ["local2.pt"] * (stages == "lg") + ["replay2.pt"] * ("g" in stages) + ["task1.pt", "task2.pt"]
     assert sorted(path.name for path in folder.glob("*.pt")) == files
 
@@ -580,7 +580,7 @@ def test_the_labelled_images_are_a_balanced_and_fixed_share(tmp_path, only):
 
 @pytest.mark.parametrize("view, labels, names, tally", [
     ("weak", [], ["weak"], {"weak": 6 + 6 + 4}), ("strong", [], ["strong"], {"strong": 6 + 6 + 4}),
-    ("weak", ["--labels", "0.5"], ["strong", "weak", "weak"], {"weak": 24 + 4, "strong": 12})])
+    ("weak", ["--labels", "0.5", "--labelled-batch", "3"], ["strong", "weak", "weak"], {"weak": 24 + 4, "strong": 12})])
 def test_views(tmp_path, monkeypatch, view, labels, names, tally):
     """The denoiser's view is cropped by stage; the classifier's may be strong, and FixMatch has views of its own."""
     crops, views, level = [], [], {"weak": 2 * 10 / 255 - 1, "strong": 1}
@@ -589,7 +589,7 @@ def test_views(tmp_path, monkeypatch, view, labels, names, tally):
         close(x_t, q_sample(torch.full_like(x_t, -1), t, eps, ABAR))
         for x, name in zip(more, names):
             close(x, torch.full_like(x, level[name]))
-        assert [len(x) for x in (x_t, more[-1])] == ([8, 1] if labels else [9, 9])
+        assert [len(x) for x in (x_t, more[-1])] == ([6, 3] if labels else [9, 9])
 
     def diffusion_view(u8, flip, smallest):
         crops.append((flip, smallest))
