@@ -101,7 +101,7 @@ ROWS = {  # the bases and flags of each table and figure; what is another on a d
     "Table 1": "joint, finetune, gr, gd", "Table 2": f"{TARGETS}, gr, gd", "Table B.1": "finetune, gr, gd",
     "Table B.2": "joint, finetune, er-10, er-100, er-1000, gd", "Table B.3": f"{TARGETS}, er-10, er-100, er-1000, gd",
     **dict.fromkeys(["Table B.4", "Table B.5"], f"{TARGETS}, joint, finetune, noise, lwf, {STEPS}"),
-    "Figure 2": "gr", "Figure 3": "joint, gr, gd", "Figure 4": "joint, finetune, gr, gd", "Figure 5": STEPS,
+    "Figure 2": "gr", **dict.fromkeys(["Figure 3", "Figure 4"], "joint, finetune, gr, gd"), "Figure 5": STEPS,
     "Figure 6": "gr, gd, lwf, noise",
     "Figure B.1": "joint --tasks 1", "Figure B.1 on cifar10": "joint --tasks 1 --batch-size 128",
     "Figure B.2": f"joint, finetune, {STEPS}, lwf, noise",  # in the order of Figures B.3 to B.12, B.13 to B.22
@@ -596,7 +596,7 @@ def sample_figures(runs, device):
              for k, classes in enumerate(first.class_tasks, 1)}
     pictures = {r.base: {k: pixels for k in heads for pixels in samples(r, k, device)} for r in shown}
     own = [r for r in shown if r.usual and r.method not in COLOURS]
-    plans = {"figure2": usual("Figure 2", shown), "figure3": usual("Figure 4", shown) + own,
+    plans = {"figure2": usual("Figure 2", shown), "figure3": usual("Figure 3", shown) + own,
              "figure6": usual("Figure 6", shown)}
     for i, base in enumerate(ROWS["Figure B.2"].split(", "), 13 if first.dataset == "cifar10" else 3):
         plans[f"figureB{i}"] = [r for r in shown if r.base == base]

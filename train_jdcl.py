@@ -85,7 +85,7 @@ def get_args(argv=None):
     add("--labelled-batch", type=run.positive(int), help="with --labels: those of --batch-size with one (paper: 32)")
     add("--kd-weighting", default="sample", choices=["sample", "group"], help="group: old and new images apart")
     add("--teacher", default="ema", choices=["ema", "raw"], help="weights that teach and label; raw: with dropout")
-    add("--local-init", choices=["scratch", "global"], help="of the local model (paper: scratch, ImageNet-100 global)")
+    add("--local-init", choices=["scratch", "global"], help="of the local model (released: scratch, ImageNet-100 global)")
     add("--local-iterations", type=run.per_task(int), metavar="N", help="updates of stage 1: N, or N1,N2,... by task")
     add("--global-iterations", type=run.per_task(int), metavar="N", help="updates of stage 2: N, or N2,N3,... by task")
     add("--classifier-start", type=run.whole, help="update of stage 2 from which it learns to classify (paper: 10000)")
@@ -270,17 +270,17 @@ def accuracy(counts, classes):
     return sum(counts[c][0] for c in classes) / sum(counts[c][1] for c in classes)
 
 
-def measure(job, stage, x_r=None):
-    """Accuracies of job.ema by name, on test images; in stage 2 also on the replayed images x_r (u8, y)."""
+def measure(job, stage, replayed=None):
+    """Accuracies of job.ema by name, on test images; in stage 2 also on what is replayed (u8, y)."""
     is_local = stage == "local" and job.n_global  # a local model, which a stage 2 will follow
     classes = job.classes if is_local else job.seen
     counts, first = count(job.ema, job.test, classes), job.args.class_tasks[0]
     found = {"accuracy": accuracy(counts, classes), "accuracy_by_class": {c: accuracy(counts, [c]) for c in classes}}
     if first[0] in classes:
         found["accuracy_task1"] = accuracy(counts, first)
-    if x_r:
+    if replayed:
         found["accuracy_old_real"] = accuracy(counts, job.learned)
-        found["accuracy_old_replayed"] = accuracy(count(job.ema, x_r, job.learned), job.learned)
+        found["accuracy_old_replayed"] = accuracy(count(job.ema, replayed, job.learned), job.learned)
     return found
 
 
@@ -335,10 +335,10 @@ def make_batch(job, smallest, u8, y, *views):
     return [x if x is None else run.share(x) for x in (q_sample(x_0, t, eps, job.abar), t, eps, *x_c, y)]
 
 
-def learn(job, stage, saved, losses, x_r=None):
+def learn(job, stage, saved, losses, replayed=None):
     """All updates of a stage, "local" or "global": job.model and job.ema go on from a snapshot.
 
-    losses(u) draws the batch of update u = 0, 1, ... of the stage and returns its terms; x_r is for `measure`.
+    losses(u) draws the batch of update u = 0, 1, ... of the stage and returns its terms; `replayed` is for `measure`.
     """
     args, model, k = job.args, job.model, job.k
     before, n = (0, job.n_local) if stage == "local" else (job.n_local, job.n_global)  # updates before the stage, in it
@@ -373,7 +373,7 @@ def learn(job, stage, saved, losses, x_r=None):
         saving = run.save_due(args.save_every, update)
         evaluating = (u + 1) % args.eval_every == 0 or u + 1 == n
         job.progress.step(update, log, model, saving, evaluating, lambda: {
-            "stage": stage, **(measure(job, stage, x_r) if evaluating else {})})
+            "stage": stage, **(measure(job, stage, replayed) if evaluating else {})})
         if saving:
             run.save_checkpoint(job.folder, snapshot(job, update=update, stage=stage, log=log,
                                                      optimizer=optimizer.state_dict()))
@@ -491,8 +491,8 @@ def learn_global(job, previous, replay):
     In:  previous, the content of task<k-1>.pt, where it begins; replay, that of replay<k>.pt; job.old, job.new.
     Out: job's weights.
     """
-    args, x_r = job.args, [replay[name].to(job.device) for name in ("images", "labels")]
-    old, new = of_classes(x_r, job.learned), of_classes(job.train if args.one_stage else x_r, job.classes)
+    args, replayed = job.args, [replay[name].to(job.device) for name in ("images", "labels")]
+    old, new = of_classes(replayed, job.learned), of_classes(job.train if args.one_stage else replayed, job.classes)
     # DEVIATION: released batches mix old and new images at random; at a fixed ratio the teachers' keep their shapes.
     n_old = round(args.batch_size * len(job.learned) / len(job.seen))
     n = sum(i < n_old for i in run.share(range(args.batch_size)))  # old ones in this process's share: they come first
@@ -517,7 +517,7 @@ def learn_global(job, previous, replay):
     rows = nn.init.xavier_uniform_(torch.empty_like(previous["raw"][last]))[not_learned]
     for weights in previous["raw"], previous["model"]:
         weights[last][not_learned] = rows
-    learn(job, "global", previous, losses, x_r)
+    learn(job, "global", previous, losses, replayed)
 
 
 def finish_task(job, previous, local, replay):

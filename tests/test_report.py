@@ -189,7 +189,7 @@ def test_rows_prints_the_commands_of_a_table(tmp_path, main):
         "python train_gr.py --dataset cifar10 --seed 7", "python eval_fid.py runs/cifar10/gr-10/seed7"]
     lines = {  # training and evaluation of each row, and the classifiers
         "Table 1": 4 * 2, "Table 2": 2 + 2 * 3, "Table B.1": 3 * 2, "Table B.2": 6 * 2, "Table B.3": 2 + 4 * 3,
-        "Table B.4": 2 + 2 * 2 + 8 * 3, "Table B.5": 2 + 2 * 2 + 8 * 3, "Figure 2": 2, "Figure 3": 3 * 2,
+        "Table B.4": 2 + 2 * 2 + 8 * 3, "Table B.5": 2 + 2 * 2 + 8 * 3, "Figure 2": 2, "Figure 3": 4 * 2,
         "Figure 4": 4 * 2, "Figure 5": 6 * 2, "Figure 6": 4 * 2, "Figure B.1": 2, "Figure B.2": 10 * 2,
         "lambda": (13 + 8 + 8) * 2, "JDCL": 8 * 2, "first step": 8 * 2, "solver": 6 * 2, "errors": 9 * 2, "ewc": 9 * 2,
         "few labels": 8 * 2,
