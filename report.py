@@ -114,6 +114,7 @@ ROWS = {  # the bases and flags of each table and figure; what is another on a d
                         "jdcl --tasks 10 --labels 0.008",
     "JDCL on imagenet100": "jdcl-joint, jdcl"}
 TABLES = [name for name in ROWS if " on " not in name]
+FIVE = " --class-order 0,1,2,3,4|5,6,7,8,9"
 BEYOND = {  # docs/beyond.md, docs/jdcl.md
     "first step": ", ".join(f"{base} --teacher-steps {n}{step}" for base in ("gr", "gd") for n in (1, 2)
                             for step in ("", " --first-step analytic")),
@@ -122,10 +123,9 @@ BEYOND = {  # docs/beyond.md, docs/jdcl.md
     "errors": "joint, finetune, er-10, er-100, er-1000, gr, gd, lwf, noise",
     "ewc": "gd, " + ", ".join(f"{base} --ewc {weight}" for base in ("ewc", "ewc-random")
                               for weight in (15, 150, 1500, 15000)),
-    "few labels": ", ".join(f"jdcl --labels {share}{alone}{order}" for share in (0.05, 0.008)
-                            for order in ("", " --class-order 0,1,2,3,4|5,6,7,8,9")
-                            for alone in ("", " --labelled-only")) +
-                  ", jdcl --labels 0.008 --labelled-batch 32 --class-order 0,1,2,3,4|5,6,7,8,9"}
+    "few labels": f"jdcl{FIVE}, " + ", ".join(
+        f"jdcl --labels {share}{more}" for share in (0.05, 0.008)
+        for more in ("", " --labelled-only", FIVE, f" --labelled-only{FIVE}", f" --labelled-batch 32{FIVE}"))}
 INTRODUCTION = """# Results
 
 Ours are mean ± standard error (sample standard deviation / √n) over n seeds, and (n). A dash was not measured, or is
