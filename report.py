@@ -631,19 +631,20 @@ def jdcl_figures(runs):
     yield "jdcl-figure4", figure if shown else None
 
     curves = []
-    for same in group(runs, lambda r: r.name).values():
+    for (name, same), colour in zip(group(runs, lambda r: r.name).items(), itertools.cycle(SPARE)):
         points = {}
         for update, accuracy in itertools.chain(*(r.curve.items() for r in same)):
             points.setdefault(update, []).append(100 * accuracy)
-        curves.append((same[0], points))
+        curves.append((SimpleNamespace(label=name, colour=colour, style=STYLES[0]), points))
     yield "jdcl-figure5", plot([("updates", "accuracy of task 1's images, %", curves)])
 
 
 def figures(runs, out, device):
     """Draw all figures whose runs are there, for each dataset and what departs from its presets; return their names."""
     def family(r):
-        if r.curve:  # JDCL's: one figure shows all with the same tasks
-            same = {key: r.departs[key] for key in ("tasks", "class_order") if key in r.departs}
+        if r.curve:  # JDCL's: one figure shows all with the same tasks, another those with few labels
+            same = {key: key == "labels" or r.departs[key] for key in ("tasks", "class_order", "labels")
+                    if key in r.departs}
             return r.dataset_name, run.run_name("", same, r.scale), True
         departs = r.name.removeprefix(r.base)
         for swept in f"-lam{r.departs.get('lam')}", r.variant.replace(", ", "-"):  # one figure shows all

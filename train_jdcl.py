@@ -85,7 +85,7 @@ def get_args(argv=None):
     add("--labelled-batch", type=run.positive(int), help="with --labels: those of --batch-size with one (paper: 32)")
     add("--kd-weighting", default="sample", choices=["sample", "group"], help="group: old and new images apart")
     add("--teacher", default="ema", choices=["ema", "raw"], help="weights that teach and label; raw: with dropout")
-    add("--local-init", choices=["scratch", "global"], help="of the local model (released: scratch, ImageNet-100 global)")
+    add("--local-init", choices=["scratch", "global"], help="the local model (released: scratch, ImageNet-100 global)")
     add("--local-iterations", type=run.per_task(int), metavar="N", help="updates of stage 1: N, or N1,N2,... by task")
     add("--global-iterations", type=run.per_task(int), metavar="N", help="updates of stage 2: N, or N2,N3,... by task")
     add("--classifier-start", type=run.whole, help="update of stage 2 from which it learns to classify (paper: 10000)")

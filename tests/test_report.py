@@ -398,7 +398,7 @@ def test_saved_results_give_the_same_tables_and_figures(tmp_path, capsys):
     assert {p.name for p in results.glob("*.png")} == {  # what needs neither weights nor pictures
         *(f"{name}-fashion-mnist{scale}.png" for name in ("figure4", "figureB2") for scale in ("", "-laptop")),
         "jdcl-figure4-fashion-mnist-small.png", "jdcl-figure5-fashion-mnist-small.png",
-        "jdcl-figure5-fashion-mnist-class_order0-1_2-small.png"}
+        "jdcl-figure5-fashion-mnist-class_order0-1_2-labels-small.png"}
     for path in results.glob("*.png"):
         pictures = [np.asarray(Image.open(folder / path.name).convert("RGB")) for folder in (runs, results)]
         assert (pictures[0] == pictures[1]).all() and pictures[0].std() > 10 and f"({path.name})" in text
