@@ -114,7 +114,7 @@ ROWS = {  # the bases and flags of each table and figure; what is another on a d
                         "jdcl --tasks 10 --labels 0.008",
     "JDCL on imagenet100": "jdcl-joint, jdcl"}
 TABLES = [name for name in ROWS if " on " not in name]
-FIVE = " --class-order 0,1,2,3,4|5,6,7,8,9"
+FIVE = " --class-order 0,1,2,3,4|5,6,7,8,9"  # two tasks of five classes
 BEYOND = {  # docs/beyond.md, docs/jdcl.md
     "first step": ", ".join(f"{base} --teacher-steps {n}{step}" for base in ("gr", "gd") for n in (1, 2)
                             for step in ("", " --first-step analytic")),
@@ -300,7 +300,7 @@ def read(path):
     r.count, r.usual = int(steps or images or 0), steps == r.preset.get("teacher_steps", steps)
     r.style = STYLES[{10: 1, 100: 2, 1000: 3}.get(r.count, 0)]
     r.variant = "".join(f", {r.departs[key]}" for key in TEACHER if key in r.departs)
-    r.label = r.name if r.curve else r.title + (f", {steps} steps" if steps else f", {images} images" if images else "")
+    r.label = r.title + (f", {steps} steps" if steps else f", {images} images" if images else "")
     r.row = known.index(r.method), r.method, r.count, len(r.departs), r.name, r.done, sum(r.updates[:r.done]), r.script
     r.column = r.dataset + f" --tasks {r.tasks}" * ("tasks" in r.departs)
     r.place = r.base + "".join(f" --{key.replace('_', '-')}" + f" {value}" * (value is not True)

@@ -131,7 +131,7 @@ def get_args(argv=None):
     least = max(run.world * math.ceil(sum(sizes) / min(sizes)), 2)
     if args.batch_size < least:
         parser.error(f"--batch-size must be {least} or more here")
-    if args.labelled_batch and args.labelled_batch >= args.batch_size:
+    if (args.labelled_batch or 0) >= args.batch_size:
         parser.error(f"--labelled-batch {args.labelled_batch} must be below --batch-size {args.batch_size}")
     if why := why_unfit(args.unet, info.channels, args.image_size):
         parser.error(why)
