@@ -182,7 +182,7 @@ def run_name(base, departs, scale):
         tag = text if key in ("schedule", "precision", "teacher_solver", "first_step") else key + text
         tags.append({"True": key, "False": f"no{key}"}.get(text, tag))
     tags += [scale] if scale != "paper" else []
-    return "-".join([base, *(re.sub(r"[^\w.-]+", "_", tag) for tag in tags)])
+    return "-".join(re.sub(r"[^\w.-]+", "_", tag) for tag in [base, *tags])
 
 
 def complete(args, parser, info, preset, method):
@@ -230,11 +230,12 @@ def pick_device(name):
 
 
 def start(args):
-    """The device, and autocast for --precision; writes into `args` what --precision auto and --compile are there.
+    """The device, and autocast for --precision; writes into `args` what --device, --precision and --compile are there.
 
     By default a GPU with bf16 (NVIDIA's from Ampere on) computes in bf16 and compiles, if it can. Others do neither.
     """
     device = pick_device(args.device)
+    args.device = str(device)
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if args.precision == "auto":
         args.precision = "bf16" if fast else "fp32"
@@ -541,7 +542,7 @@ class Progress:
     """The live line and the records in metrics.jsonl; those after `state` are dropped.
 
     `updates` are the updates of each task, `names` those of the values in a row of the log. A loss that an update does
-    not have is NaN there.
+    not have is 0 or NaN there; a NaN is left out of the means.
     """
 
     def __init__(self, folder, state, updates, names, device):

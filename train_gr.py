@@ -41,13 +41,13 @@ CIFAR = dict(PAPER, length=("epochs", [200]), batch_size=64, unet="cifar10", fli
              sample_steps=20)
 # SMALL and LAPTOP share a small net. SMALL has 1500 updates of task 1, which starts from random weights, then 800.
 SMALL = dict(PAPER, length=("iterations", [1500, 800]), batch_size=32, lr=5e-4, unet="laptop", image_size=16)
-LAPTOP = dict(SMALL, length=("iterations", [600, 150]), lr=2e-3,
-              class_order="0,1|2,7|8,9")  # three tasks; in Fashion-MNIST, garments that differ even at 16x16
+LAPTOP = dict(SMALL, length=("iterations", [600, 150]), lr=2e-3,  # so few updates want a larger rate
+              class_order="0,1|2,7|8,9")  # three tasks; of Fashion-MNIST, garments that differ even at 16x16
 GREY = {"paper": PAPER, "small": SMALL, "laptop": LAPTOP}
 COLOUR = {"paper": CIFAR, "small": dict(SMALL, unet="laptop-rgb", flip=True),
           "laptop": dict(LAPTOP, unet="laptop-rgb", flip=True)}
 # By dataset, then by scale; "paper" is the full size. Those of fashion-mnist and cifar10 are the paper's (Sections 4,
-# A.1), the others are ours. mnist and folders take the presets of fashion-mnist or cifar10, see data.Info.
+# A.1), the others are ours. mnist and folders take the presets of fashion-mnist or cifar10, see data.preset.
 PRESETS = {"fashion-mnist": GREY, "shapes": GREY, "cifar10": COLOUR, "cifar100": COLOUR,
            "imagenet100": COLOUR | {"paper": dict(CIFAR, image_size=64)}}
 # Key: args.source, what is replayed. Value: the first part of the run's name, and the title in tables and figures.
@@ -105,7 +105,7 @@ def diffuse(x_0, abar):
     """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, each image with its own t from 0 .. T-1 and eps ~ N(0, I).
 
     Returns x_t, t, eps. With torchrun every process draws the same t and eps for the whole batch x_0, and returns only
-    its share of the rows. So N processes together compute what one would.
+    its share of the rows, see run.share. So N processes together compute what one would.
     """
     t = torch.randint(T, (len(x_0),), device=x_0.device)
     eps = torch.randn_like(x_0)
@@ -117,10 +117,10 @@ def draw(args, prev, abar, shape, k, u):
     reseed(args.seed, "replay", k, u)  # a random stream of this name: a resumed run draws the same images
     x_T = torch.randn(shape, device=abar.device)
     x_r = sample(prev, run.share(x_T), abar, args.teacher_steps, first=args.first_step, solver=args.teacher_solver)
-    return run.gather(x_r, len(x_T))  # the whole batch again, of which `diffuse` takes this process's share
+    return run.gather(x_r, len(x_T))  # the whole batch again: `diffuse` draws noise for it, and then shares
 
 
-@torch.no_grad()
+@torch.no_grad()  # what it returns is fixed, nothing is learned through it
 def replay(args, x_r, x_0, kept, abar):
     """Noisy replayed images x_r_t (N, C, H, W), their times t_r (N,), and what to predict there, (N, C, H, W)."""
     if args.source == "buffer":
@@ -185,7 +185,7 @@ def main(argv=None):
     model = UNet(**NETS[args.unet])
     if args.init:
         run.load_weights(model, args.init)
-    model.to(device)
+    model.to(device)  # its first weights are drawn on the CPU, so they are the same on every device
     prev = copy.deepcopy(model).eval().requires_grad_(False)  # in task k it gets the weights after task k-1
     args.parameters = (2 if args.source == "generated" else 1) * sum(p.numel() for p in model.parameters())
     folder = run.open_folder(vars(args))  # writes args into config.json; from here on Ctrl-C saves first, then stops
@@ -229,7 +229,7 @@ def main(argv=None):
             loss = part_new * loss_new + (1 - part_new) * loss_replay
             optimizer.zero_grad()
             loss.backward()
-            run.average(*(p.grad for p in model.parameters()))  # over the processes of torchrun
+            run.average(*(p.grad for p in model.parameters()))  # over torchrun's processes; their shares are equal
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             log[u] = torch.stack([loss, loss_new, loss_replay, norm]).detach()
@@ -244,7 +244,7 @@ def main(argv=None):
 
         reseed("grid")  # the same 64 noises in every run and, drawn on the CPU, on every device
         with autocast, run.eager():  # 64 images are not worth compiling for
-            x_0 = sample(model, torch.randn(64, *shape).to(device), abar, args.sample_steps)  # eval mode, no gradients
+            x_0 = sample(model, torch.randn(64, *shape).to(device), abar, args.sample_steps)  # in eval mode meanwhile
         run.save_picture(folder / "samples" / f"task{k}.png", data.quantize(x_0), columns=8)
         if args.source == "buffer":
             memory["buffer"] = keep(args, memory.get("buffer", []), images[index], k)

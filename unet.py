@@ -144,7 +144,7 @@ class UNet(nn.Module):
     groups, eps        of every GroupNorm
     head_width         channels of one attention head
     padding            of the downsampling convolutions, 1 or 0, see downsampler
-    sin_first, shift   of the time embedding, see time_embedding
+    sin_first, shift   of the time embedding, see sinusoids
     dropout, film      of the residual blocks, see ResBlock
     zero_init          whether the last layer of every block and of the net starts at zero, as with Ho et al.; all else
                        starts as PyTorch initialises it, as in the released runs

@@ -4,6 +4,8 @@ import importlib
 
 import pytest
 
+import run
+
 NAMES = [line.split(": ") for line in """
 gr-2: train_gr
 gr-10: train_gr --dataset cifar10
@@ -94,3 +96,7 @@ def test_bad_arguments_end_with_a_sentence_and_code_2(script, main, tmp_path, co
     name, *arguments = command.split()
     (script if "--re" in arguments else main)(name, *arguments, code=2)  # one of them as a person would
     assert not any(tmp_path.iterdir()), "no folder is made for a run that cannot start"
+
+
+def test_a_run_name_is_a_single_folder_whatever_the_method_is_called():
+    assert run.run_name("my/../own method-2", {"lam": 0.5}, "small") == "my_.._own_method-2-lam0.5-small"

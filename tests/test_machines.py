@@ -115,8 +115,9 @@ def test_a_console_of_few_letters_takes_all_output(script, tmp_path, encoding):
 
 
 def test_what_bitwise_depends_on_is_noted_and_said(main, monkeypatch, tmp_path):
-    main("train_gr.py", *ALONE)
+    main("train_gr.py", *ALONE)  # by --device auto
     config = json.loads((tmp_path / "run/config.json").read_text())
+    assert "begun with" not in main("train_gr.py", *ALONE, "--device", config["device"]).stderr
     assert config["threads"] == torch.get_num_threads() and config["processor"] and config["torch"]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     done = main("train_gr.py", *ALONE)
