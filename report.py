@@ -43,9 +43,9 @@ from ddim import T, alpha_bar, ddpm_sample, reseed, sample
 from run import InputError
 from unet import NETS, UNet
 
-# The values as the papers print them, mean ± standard error (ms: standard deviation), – where there is none; of two
-# tables the one with more digits. A row begins with the base of its runs and their flags, a column's head has dataset,
-# flags and metric. JDCL's values are from a third party's notes of arXiv 2411.08224.
+# The values as the papers print them, mean ± standard error (ms: standard deviation), – where there is none; of the
+# same value in two tables the one with more digits. A row begins with the base of its runs and their flags, a column's
+# head has dataset, flags and metric. JDCL's values are from a third party's notes of arXiv 2411.08224.
 PAPER = """
 Tables 1, 2 and B.2 to B.5 | Strategy | fashion-mnist fid | fashion-mnist kld | fashion-mnist acc | \
 cifar10 fid | cifar10 kld | cifar10 acc
@@ -97,7 +97,7 @@ COMMANDS = {  # what trains the bases in PAPER and ROWS; gr and gd have the pres
     "jdcl": "train_jdcl.py", "jdcl-joint": "train_jdcl.py --replay all",
     "jdcl-finetune": "train_jdcl.py --replay none"}
 TARGETS, STEPS = "classifier-joint, classifier-finetune", "gr-2, gd-2, gr-10, gd-10, gr-100, gd-100"
-ROWS = {  # the bases and flags of each table and figure; what is another on a dataset has a line of its own
+ROWS = {  # the bases and flags of each table and figure; NAME on DATASET replaces NAME there
     "Table 1": "joint, finetune, gr, gd", "Table 2": f"{TARGETS}, gr, gd", "Table B.1": "finetune, gr, gd",
     "Table B.2": "joint, finetune, er-10, er-100, er-1000, gd", "Table B.3": f"{TARGETS}, er-10, er-100, er-1000, gd",
     **dict.fromkeys(["Table B.4", "Table B.5"], f"{TARGETS}, joint, finetune, noise, lwf, {STEPS}"),
@@ -144,7 +144,7 @@ METRICS = {  # header and decimals; beside the papers' values ours have as many 
     "kld": ("↓ KLD", 2), "share_old": ("old classes, %", 1),
     "acc": ("↑ ACC", 2), "ms": ("↓ ms per update", 1), "parameters": ("parameters", 0), "seconds": ("seconds", 0),
     "peak_memory_mb": ("peak memory, MB", 0)}
-# The methods in the order of tables and figures, with their colours. Any other comes after them, in a spare colour.
+# The methods in the order of tables and figures, with their colours. Others follow, a spare colour for each label.
 COLOURS = {"joint": "black", "finetune": "0.6", "er": "tab:olive", "gr": "tab:red", "gd": "tab:blue",
            "lwf": "tab:green", "noise": "tab:purple"}
 STYLES = "o-", "s--", "^:", "D-."  # of curves in the same colour
@@ -152,7 +152,7 @@ SPARE = "tab:orange tab:brown tab:pink tab:cyan gold navy lime teal salmon orchi
 TEACHER = "teacher_solver", "first_step"  # flags that say how a teacher draws
 UNSAID = dict(precision="fp32", clip=True, sample_steps=None, teacher_steps=None, buffer_size=None, preset={},
               parameters=None, script="")  # what not every run says
-NEEDED = "dataset_name seed image_size command class_names".split()  # what every run says that has a row or a figure
+NEEDED = "dataset_name seed image_size command class_names".split()  # without these a run is left out
 DAMAGE = OSError, ValueError, KeyError, TypeError, AttributeError, IndexError  # what reading a damaged file may raise
 
 
@@ -184,8 +184,8 @@ def get_args(argv=None):
 # ------------------------------ reading
 
 def parse_metrics(text):
-    """Of metrics.jsonl seconds, peak memory, ms of each task (mean over its last 1000 updates), and where the model
-    classifies `curve`, [[task, update, accuracy of task 1's images], ...].
+    """What is kept of metrics.jsonl: seconds, peak memory, ms of each task (mean over its last 1000 updates), and where
+    the model classifies `curve`, [[task, update, accuracy of task 1's images], ...].
     """
     records = [json.loads(line) for line in text.split("\n")[:-1]]  # a kill may cut the last line short
     speed = []
@@ -289,12 +289,10 @@ def read(path):
     r.complete = r.scale == "paper" and r.done == r.tasks == len(r.preset_updates) and all(
         map(operator.ge, r.updates, r.preset_updates))
 
-    begin, accuracy, r.logits = [0, *itertools.accumulate(r.updates)], record["accuracy"], None
+    begin, accuracy = [0, *itertools.accumulate(r.updates)], record["accuracy"]
     r.curve = {begin[task - 1] + update: float(v) for task, update, v in record["metrics"].get("curve", [])}
-    if accuracy:
-        r.curve |= {begin[k]: float(row[0]) for k, row in enumerate(accuracy["matrix"], 1)}
-        replay = accuracy["tasks"][-1]["replay"]
-        r.logits = replay and replay["logits"]
+    replay = accuracy and accuracy["tasks"][-1]["replay"]
+    r.logits = replay and replay["logits"]
 
     steps, images, known = r.teacher_steps, r.buffer_size, [*COLOURS, r.method]
     r.count, r.usual = int(steps or images or 0), steps == r.preset.get("teacher_steps", steps)
@@ -307,15 +305,15 @@ def read(path):
                                for key, value in r.departs.items() if key not in ("precision", "tasks"))
     if r.script not in ("", COMMANDS.get(r.base, COMMANDS.get(r.method, "")).partition(" ")[0]):
         r.place = None  # of a copy of a script, whatever it calls its method
-    for key in NEEDED:
-        getattr(r, key)
+    operator.attrgetter(*NEEDED)(r)
     return r
 
 
 def find(folders):
     """All runs in and below the folders, in the order of the tables.
 
-    A run may be there as a folder, as a file of --save, and as a folder of its models alone. Most measured counts.
+    A run may be there as a folder, as a file of --save, and as a folder of its models alone. The one with most values
+    counts.
     """
     every, runs, spare = [], [], {}
     for folder in folders:
@@ -347,12 +345,12 @@ def missing(rows, scale, dataset, seeds, runs):
     """[[script, argument, ...], ...]: what trains, evaluates and classifies what `runs` lack, seed by seed.
 
     `rows` are (row, classify): a base with flags as in ROWS, and whether a classifier learns from its runs. The scripts
-    say what their runs are called. A run whose models are not all in a folder is trained.
+    say what their runs are called. If a value is lacking, a run without all its models is trained first.
     """
     def lacks(r, metric):
         return not r or len({task for name, task, _ in r.values if name == metric}) < r.tasks
 
-    there, wanted = {(r.dataset_name, r.name, r.seed): r for r in runs if r.place}, {}  # no copied script's
+    there, wanted = {(r.dataset_name, r.name, r.seed): r for r in runs if r.place}, {}  # not of copied scripts
     for seed, (row, classify) in itertools.product(seeds, rows):
         base, _, flags = row.partition(" ")
         script, *typed = shlex.split(f"{COMMANDS[base]} {flags}")
@@ -417,7 +415,7 @@ def cells(runs, metric, digits, unsaid):
 
 
 def markdown(title, head, rows):
-    """A Markdown table, straight in a terminal too; each row is a list of columns that begin on the same line."""
+    """A Markdown table, straight in a terminal too; a row is a list of cells, a cell a list of lines."""
     lines = [head, *(line for columns in rows for line in itertools.zip_longest(*columns, fillvalue=""))]
     lines = [[text.replace("|", "\\|") for text in line] for line in lines]  # as in --class-order '0,1|2,7'
     widths = [max(map(len, column)) for column in zip(*lines)]
@@ -438,7 +436,7 @@ def beside_the_papers(runs):
                     digits = METRICS[metric][1] if text == "?" else len(text.split()[0].partition(".")[2])
                     beside = [r for r in runs if r.complete and r.column == column]
                     one_labeller = {said for said in shared(beside, metric) if said.startswith("labeller")}
-                    some = {(r.seed, r.precision): r for r in beside if r.place == place}  # auto or typed
+                    some = {(r.seed, r.precision): r for r in beside if r.place == place}  # each once
                     cell += cells(some.values(), metric, digits, one_labeller)
                     base = place.split()[0]
                     command = command or f"`python {COMMANDS[base]}{place[len(base):]} --dataset {column}`"
@@ -451,8 +449,9 @@ def beside_the_papers(runs):
 def all_tables(runs):
     """All metrics of complete, and of shortened runs: a table for each dataset, scale, size and number of tasks."""
     def section(r):
-        about = f"{r.dataset_title}, {r.scale} scale, {r.image_size}x{r.image_size}, {r.tasks} tasks"
-        return ("Complete: " if r.complete else "Shortened: ") + about + ", with a classifier" * bool(r.curve)
+        kind, tasks = "Complete" if r.complete else "Shortened", f"{r.tasks} task" + "s" * (r.tasks > 1)
+        about = f"{kind}: {r.dataset_title}, {r.scale} scale, {r.image_size}x{r.image_size}, {tasks}"
+        return about + ", with a classifier" * bool(r.curve)
 
     for title, some in sorted(group(runs, section).items()):
         rows = group(some, lambda r: r.row).values()
@@ -539,8 +538,9 @@ def usual(figure, runs):
 
 
 def curve_figures(runs):
-    """(name, figure): quality over tasks, over lambda and over the teacher's calls, and error by noise, each as most
-    values were measured.
+    """(name, figure): quality over tasks, over lambda and over the teacher's calls, and error by noise.
+
+    Each shows the values whose conditions are the commonest.
     """
     measured = [(metric, conditions) for r in runs for metric, _, conditions in r.values]
     quality, last = max("fid", "frd", key=[metric for metric, _ in measured].count), runs[0].tasks
@@ -596,8 +596,8 @@ def sample_figures(runs, device):
              for k, classes in enumerate(first.class_tasks, 1)}
     pictures = {r.base: {k: pixels for k in heads for pixels in samples(r, k, device)} for r in shown}
     own = [r for r in shown if r.usual and r.method not in COLOURS]
-    plans = {"figure2": usual("Figure 2", shown), "figure3": usual("Figure 3", shown) + own,
-             "figure6": usual("Figure 6", shown)}
+    plans = {f"figure{n}": usual(f"Figure {n}", shown) for n in (2, 3, 6)}
+    plans["figure3"] += own
     for i, base in enumerate(ROWS["Figure B.2"].split(", "), 13 if first.dataset == "cifar10" else 3):
         plans[f"figureB{i}"] = [r for r in shown if r.base == base]
     for name, wanted in plans.items():
@@ -645,11 +645,9 @@ def figures(runs, out, device):
         if r.curve:  # JDCL's: one figure shows all with the same tasks, another those with few labels
             same = {key: key == "labels" or r.departs[key] for key in ("tasks", "class_order", "labels")
                     if key in r.departs}
-            return r.dataset_name, run.run_name("", same, r.scale), True
-        departs = r.name.removeprefix(r.base)
-        for swept in f"-lam{r.departs.get('lam')}", r.variant.replace(", ", "-"):  # one figure shows all
-            departs = departs.replace(swept, "")
-        return r.dataset_name, departs, False
+        else:  # one figure shows all lambdas and teachers
+            same = {key: value for key, value in r.departs.items() if key not in ("lam", *TEACHER)}
+        return r.dataset_name, run.run_name("", same, r.scale), bool(r.curve)
 
     made = []
     for (dataset, departs, classifies), some in sorted(group(runs, family).items()):

@@ -6,7 +6,7 @@ A run folder holds
     metrics.jsonl        one JSON object a line, a record every few updates
     samples/task<k>.png  a picture after each task
     task<k>.pt           after each task {"task", "model": state dict, "memory", "config"}
-    checkpoint.pt        inside a task the same and all else that resuming needs; checkpoint.old.pt is the one before
+    checkpoint.pt        inside a task: the same and what resuming needs besides; checkpoint.old.pt: the save before
 
 "memory" is a dict of what a method keeps of old tasks beside its model: tensors, numbers, strings, lists and dicts.
 """
@@ -39,7 +39,8 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 COUNTS = "teacher_steps", "buffer_size"  # arguments that are in every run's name, where they apply
-TYPED = ("data_dir", "out", "device", "compile", "save_every", "restart")  # arguments that change no number
+# Where and how to compute: not in a run's name, and free to change on resume.
+TYPED = ("data_dir", "out", "device", "compile", "save_every", "restart")
 rank, world = 0, 1  # this process and how many there are, as torchrun says it
 if "TORCHELASTIC_RUN_ID" in os.environ:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -117,7 +118,7 @@ def add_arguments(parser):
 
 
 def positive(kind, most=sys.float_info.max, zero=False):
-    """A type for argparse: a number of that kind, int or float, above 0 (or 0, if `zero`) and at most `most`."""
+    """A type for argparse: an int or float above 0 (or 0, if `zero`) and at most `most`, by default all but inf."""
     def parse(text):
         value = kind(text)
         if not (0 < value <= most or zero and value == 0):
@@ -168,7 +169,7 @@ interval.__name__ = "number of updates (500) or minutes (10m)"  # argparse names
 
 
 def departures(parser, args, *besides):
-    """{argument: value} of what differs from the preset, the parser's defaults, but for `besides` and the machine's."""
+    """{argument: value} of what differs from the preset, the parser's defaults, less COUNTS, TYPED and `besides`."""
     others = ("dataset", "scale", "seed", "source", *COUNTS, *TYPED, *besides)
     return {key: value for key, value in vars(args).items() if key not in others and value != parser.get_default(key)}
 
@@ -207,18 +208,21 @@ def complete(args, parser, info, preset, method):
 # ----------------------------------------------------------------------------------- device, speed, processes
 
 def pick_device(name):
-    """The torch.device called auto, cpu, mps, cuda or cuda:<i>; auto is CUDA where there is one, else mps, else cpu."""
+    """The torch.device called auto, cpu, mps, cuda or cuda:<i>; auto is CUDA where there is one, else mps, else cpu.
+
+    With torchrun it also joins the processes, and silences all but the first.
+    """
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    there = ["cuda"] * (cards > 0) + [f"cuda:{i}" for i in range(cards)]
+    there = ["cuda"] * (cards > 0) + [f"cuda:{i}" for i in range(cards)] * (world == 1)
     there += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     if name == "auto":
         name = there[0]
+    if name not in there:
+        raise InputError(f"--device {name} is not there: choose auto, {', '.join(there)}")
     if world > 1 and name == "cuda":
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-        if 0 < cards < int(os.environ["LOCAL_WORLD_SIZE"]):  # each process says so, not the one without a card alone
+        if cards < int(os.environ["LOCAL_WORLD_SIZE"]):  # each process says so, not the one without a card alone
             raise InputError(f"there are {cards} CUDA devices: start {cards} processes at most")
-    if name not in there:
-        raise InputError(f"--device {name} is not there: choose auto, {', '.join(there)}, or fewer processes")
     device = torch.device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
@@ -230,7 +234,7 @@ def pick_device(name):
 
 
 def start(args):
-    """The device, and autocast for --precision; writes into `args` what --device, --precision and --compile are there.
+    """The device, and autocast for --precision; puts what was chosen in place of "auto" and None into `args`.
 
     By default a GPU with bf16 (NVIDIA's from Ampere on) computes in bf16 and compiles, if it can. Others do neither.
     """
@@ -309,12 +313,12 @@ def together(operation, *arguments):
 def open_folder(config):
     """Make or reopen the run folder of `config` and return its path; refuse one that holds another run or is in use.
 
-    From here on Ctrl-C and SIGTERM only leave a note: the run ends after a save. The third one ends it at once.
+    From here on Ctrl-C and SIGTERM only leave a note: the run ends after a save. Only a third one ends it at once.
     """
     machine = dict(torch=torch.__version__, processes=world, threads=torch.get_num_threads(),
                    processor=torch.backends.cpu.get_cpu_capability())
     about = dict(format=3, command=shlex.join(["python", *sys.argv]), commit=commit())
-    config = json.loads(json.dumps({**config, **about, **machine}))
+    config = json.loads(json.dumps({**config, **about, **machine}))  # as in the file, where tuples are lists
     folder = Path(config["out"] or Path("runs", config["dataset_name"], config["name"], f"seed{config['seed']}"))
 
     def note(number, frame):
@@ -344,7 +348,7 @@ def open_folder(config):
             raise InputError(f"{folder} holds weights but no config.json; choose another --out or move them away")
         write_json(folder / "config.json", config)
     compare(folder, config, machine)
-    for path in [*folder.glob("*.*.tmp"), *folder.glob("samples/*.*.tmp")]:  # left by a save that was killed
+    for path in [*folder.glob("*.[0-9]*.tmp"), *folder.glob("samples/*.[0-9]*.tmp")]:  # left by a save that was killed
         path.unlink()
     tasks = " | ".join(", ".join(config["class_names"][c] for c in task) for task in config["class_tasks"])
     print(f"{config['name']}: tasks {tasks}; updates {config['updates']}; into {folder}")
@@ -358,7 +362,7 @@ def commit():
 
 
 def compare(folder, config, machine):
-    """Refuse a folder whose config.json differs from `config`; say what of the machine is another than at its start."""
+    """Refuse a folder whose config.json differs from `config`; warn of what has changed in the machine since then."""
     before = read_config(folder, [])
     free = {*TYPED, "command", "commit", *machine}
     differs = [f"{key} was {str(before.get(key)):.300} and is {str(config.get(key)):.300}"
@@ -395,7 +399,7 @@ def write_json(path, value):
 
 
 def save_picture(path, u8, columns):
-    """Save images u8 (N, C, H, W) as one PNG, so many in a row, each pixel twice as large."""
+    """Save images u8 (N, C, H, W) as one PNG, so many in a row, each pixel twice as large, for the eye."""
     grid = make_grid(u8.cpu(), nrow=columns, padding=1).repeat_interleave(2, 1).repeat_interleave(2, 2)
     replace(path, lambda file: Image.fromarray(grid.permute(1, 2, 0).numpy()).save(file, "PNG"))
 
@@ -505,7 +509,7 @@ def finish(folder):
 
 
 def latest(folder, tasks, device="cpu"):
-    """All that the newest whole checkpoint holds, or task<k>.pt as "task" k + 1, "update" 0; None if there is neither.
+    """The newest whole checkpoint, or the newest whole task<k>.pt as a state at update 0 of task k + 1, or None.
 
     Damaged files are set aside, so that no later save puts them in the place of a good one.
     """
@@ -539,7 +543,7 @@ def latest(folder, tasks, device="cpu"):
 # --------------------------------------------------------------------------------------------- records, progress
 
 class Progress:
-    """The live line and the records in metrics.jsonl; those after `state` are dropped.
+    """The live line and the records in metrics.jsonl. Records of updates after `state`, which come again, are dropped.
 
     `updates` are the updates of each task, `names` those of the values in a row of the log. A loss that an update does
     not have is 0 or NaN there; a NaN is left out of the means.
@@ -561,7 +565,7 @@ class Progress:
         replace(self.path, lambda file: file.write("".join(json.dumps(r) + "\n" for r in records).encode()))
 
     def begin(self, task, update):
-        """Call it when a task begins or goes on, and all before is saved; leave if asked to stop."""
+        """Call it at the start of a task and on resume, when all before is saved; leave if asked to stop."""
         exit_if_stopped(task, update)
         self.bar.close()
         self.bar = tqdm(total=self.updates[task - 1], initial=update, desc=f"task {task}/{len(self.updates)}",
@@ -571,9 +575,9 @@ class Progress:
     def step(self, update, log, model, check=False, record=False, more=dict):
         """Call it after update 1, 2, ... of the task, with the log, a row an update.
 
-        Every few updates, or if `record`, it adds a record: means over the updates since the record before, and what
-        the function `more` returns, whose time is not counted. It stops the run if what is to be recorded, or to be
-        saved after this `check`, is not finite.
+        Every 50 updates, in a short task 20 times, or if `record`, it adds a record: means over the updates since the
+        record before, and what the function `more` returns, whose time is not counted. It stops the run if what is to
+        be recorded, or to be saved after this `check`, is not finite.
         """
         self.bar.update()
         n = self.updates[self.task - 1]
@@ -600,7 +604,7 @@ class Progress:
 
 
 def check_finite(log, names, model, task):
-    """Stop the run if a weight is not finite, or first or last in a row of `log`: the loss, the gradient's norm."""
+    """Stop the run if a weight, a loss (first in a row of `log`) or a gradient's norm (last) is not finite."""
     bad = (~(log[:, 0] + log[:, -1]).isfinite()).nonzero()
     u = int(bad[0, 0]) if len(bad) else len(log) - 1
     if len(bad) or not torch.stack([p.sum() for p in model.parameters()]).isfinite().all():

@@ -1,7 +1,7 @@
 """A classifier that learns the tasks with images replayed by a finished run's models: what are these images worth?
 
 In task k the classifier sees the real images of this task and as many drawn by the diffusion model of task k-1. The
-classifier of task k-1 labels those softly. The better the model, the more the classifier still knows of old classes.
+classifier of task k-1 gives those soft labels. The better the model, the more the classifier knows of old classes.
 
     L = 1/k CE(y, p) + (1 - 1/k) R^2 H(q, p_r),  H(q, p_r) = -sum_c q_c log p_r_c              tasks k >= 2
     p = softmax(model(x_0)), p_r = softmax(model(x_r) / R), q = softmax(prev(x_r) / R), x_r = DDIM(generator), R = 2
@@ -12,8 +12,8 @@ A.1.2 and A.2 (Equations 11 to 13): the accuracies of Tables 2, B.3, B.4 and B.5
     python train_classifier.py runs/fashion-mnist/gd-2/seed42           any finished run of a train script
     python train_classifier.py --dataset fashion-mnist --replay none    the lower target, no replay; all: the upper one
 
-The result is classifier.json in RUN, or in runs/<dataset>/classifier-finetune/seed<seed> or classifier-joint. It is
-written after each task. A command that was stopped starts over. At laptop scale it takes two minutes on one core.
+The result is classifier.json in RUN, or in runs/<dataset>/<name>/seed<seed> with a name such as classifier-joint-small.
+It is written after each task. A command that was stopped starts over. At laptop scale it takes two minutes on one core.
 """
 
 import copy
@@ -47,8 +47,8 @@ PRESETS = {
     "paper": dict(length=("epochs", [20.0]), pool=None, image_size=32, class_order="random"),
     "small": dict(length=("iterations", [900]), pool=None, image_size=16, class_order="random"),
     "laptop": dict(length=("iterations", [150, 60]), pool=None, image_size=16, class_order="0,1|2,7|8,9")}
-# On one core the replayed images of an update take a 16x16 model about a second, so small runs draw a pool. With 900
-# updates of each task they would lose more of the old classes than with 250.
+# On one core the replayed images of an update take a 16x16 model about a second, so small runs draw a pool. Later tasks
+# have 250 updates, as with 900 more of the old classes would be forgotten.
 SMALL_RUN = dict(length=("iterations", [900, 250]), pool=6400)
 TARGETS = {"none": ("classifier-finetune", "Finetune (classifier)"), "all": ("classifier-joint", "Joint (classifier)")}
 WHAT = "name title base method departs dataset scale seed class_names".split()  # copied into classifier.json
@@ -68,7 +68,7 @@ def get_args(argv=None):
     add("--pool", type=run.positive(int), metavar="N", help="of a run: draw N images in each task and replay them "
         "again and again (small: 6400), in place of new ones in every update (paper)")
     add("--replay-loss", choices=["paper", "reversed"], help="of a run: Equation 12 (default), or as the released code")
-    length = parser.add_mutually_exclusive_group()
+    length = parser.add_mutually_exclusive_group()  # args.length is ("epochs", [E1, ...]) or ("iterations", [N1, ...])
     length.add_argument("--epochs", type=run.per_task(float, "epochs"), dest="length", metavar="E",
                         help="passes over a task: E, or E1,E2,... (paper: 20)")
     length.add_argument("--iterations", type=run.per_task(int, "iterations"), dest="length", metavar="N",
@@ -107,7 +107,7 @@ def get_args(argv=None):
 
 
 def target_preset(first):
-    """What a target does unless it is told otherwise, the same as in the train scripts."""
+    """What a target does unless it is told otherwise: data, tasks and scales are those of train_gr.py."""
     dataset, scale, data_dir = first.dataset or "fashion-mnist", first.scale or "paper", first.data_dir or "data"
     preset, (base, title) = dict(PRESETS[scale]), TARGETS[first.replay]
     if dataset not in data.DATASETS:
@@ -233,7 +233,7 @@ def main(argv=None):
         for file in files:  # find out now whether one is missing or damaged
             if not file.exists():
                 raise InputError(f"{args.folder} is not finished, {file.name} is missing: train it to the end")
-            run.load_weights(generator, file)
+            run.load_weights(generator, file)  # of JDCL's models all but the head
         protocol.update(replay_loss=args.replay_loss, temperature=R, steps=args.steps, schedule=args.schedule,
                         clip=args.clip, pool=args.pool,
                         generators=[hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
@@ -287,7 +287,7 @@ def main(argv=None):
         correct.append([count_correct(model, tests[j], test_labels[j]) for j in of_test[:k]])
         last.append([loss.item(), loss_new.item(), loss_replay.item()])
         seconds.append(round(time.perf_counter() - since, 1))
-        result = summary(correct, [len(index) for index in of_test])
+        result = summary(correct, [len(i) for i in of_test])
         run.write_json(path, result | {key: getattr(args, key) for key in (*WHAT, "dataset_name")} | dict(
             protocol=protocol, preset_updates=preset_updates, last_losses=last, seconds=seconds, device=str(device),
             command=shlex.join(["python", *sys.argv])))

@@ -9,9 +9,9 @@ ones in the batch. The model learns to denoise the new images, and to predict wh
     x_r = DDIM(prev), x_r_t = sqrt(abar[t_r]) x_r + sqrt(1 - abar[t_r]) eps_r
     u_j = mu_j / |mu_j|, mu_j = E[g], c_j = E[(u_j . g)^2]
 
-theta are the weights, theta_j those after task j. There g are the gradients of |eps - model(x_t, t)|^2, the mean over
-elements, on images of task j. The Fisher matrix E[g g^T] is taken for c u u^T, so that each task holds the weights back
-along one direction.
+theta are the weights, theta_j those after task j. g is the gradient, at theta_j, of the mean of |eps - model(x_t, t)|^2
+over the elements of images of task j. The Fisher matrix E[g g^T] is taken for c u u^T, so that each task holds the
+weights back along one direction.
 
 Masip et al., "Continual Learning of Diffusion Models with Generative Distillation", arXiv 2311.14028, Section 3.
 Wang et al., arXiv 2509.23593v2, Section 3: there c mu mu^T with c = E[(mu . g)^2] / |mu|^4, which is the same.
@@ -70,7 +70,7 @@ def get_args(argv=None):
     add("--ewc", type=run.positive(float, zero=True), default=15000.0, help="weight of the penalty (Wang: 15000)")
     add("--direction", default="mean", choices=list(METHODS), dest="source", help="u: of the mean gradient, or random")
     add("--ewc-images", type=run.positive(int), default=10000, help="images of a task for mu (Wang: 10000)")
-    add("--fisher-images", type=run.positive(int), default=500, help="other images of a task for c, one at a time")
+    add("--fisher-images", type=run.positive(int), default=500, help="other images for c, at most half of the task's")
     add("--lambda", dest="lam", type=run.positive(float), default=0.75, help="lam in the loss (GD: 0.75)")
     add("--teacher-steps", type=run.positive(int, T - 1), help="DDIM steps to a replayed image, each with a call of "
         "the previous model (paper: 2, CIFAR-10 10)")  # T - 1, as an analytic one may come on top
@@ -160,10 +160,11 @@ def gradient(args, model, u8, abar, autocast):
 def consolidate(args, model, u8, abar, autocast, k):
     """{"direction": u (P,), "c", "at": u . theta_k, "explained"} of task k, whose images are u8.
 
-    The gradients of c are of other images than mu's, one at a time. E[(u . g)^2] / E[|g|^2] is what u explains of the
-    squared gradients: with a random u on average 1 / P.
+    The gradients of c are of one image each, as a mean of several has a smaller square, and of images that mu has not
+    seen, whose noise u fits. E[(u . g)^2] / E[|g|^2] is what u explains of the squared gradients: with a random u on
+    average 1 / P.
     """
-    # DEVIATION: the paper's GD weighs new images and distillation alike, knows class labels, and replays from a pool;
+    # DEVIATION: Wang et al.'s GD weighs new images and distillation alike, knows class labels, and replays from a pool;
     # here it is that of train_gd.py. Its c is of the very images of mu; here of others, and fewer.
     reseed(args.seed, "consolidation", k)
     u8 = u8[torch.randperm(len(u8), device=u8.device)]
@@ -259,7 +260,7 @@ def main(argv=None):
             loss = part_new * loss_new + (1 - part_new) * args.lam * loss_replay + args.ewc * loss_ewc
             optimizer.zero_grad()
             loss.backward()
-            run.average(*(p.grad for p in model.parameters()))  # over torchrun's processes; their shares are equal
+            run.average(*(p.grad for p in model.parameters()))  # over torchrun's processes: shares are of one size
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             log[u] = torch.stack([loss, loss_new, loss_replay, loss_ewc, norm]).detach()

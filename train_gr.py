@@ -229,7 +229,7 @@ def main(argv=None):
             loss = part_new * loss_new + (1 - part_new) * loss_replay
             optimizer.zero_grad()
             loss.backward()
-            run.average(*(p.grad for p in model.parameters()))  # over torchrun's processes; their shares are equal
+            run.average(*(p.grad for p in model.parameters()))  # over torchrun's processes: shares are of one size
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             log[u] = torch.stack([loss, loss_new, loss_replay, norm]).detach()

@@ -1,7 +1,7 @@
 """JDCL: one network that denoises and classifies learns a sequence of tasks from images that it draws itself.
 
-A classifier's head looks at the pooled features of the denoiser's encoder. Task k has two stages. In stage 1 a local
-model learns the new images. x_0 and x_c are two augmented views of an image:
+A classifier's head looks at the pooled features of the denoiser's encoder. Task k has two stages, task 1 only the
+first. In stage 1 a local model learns the new images. x_0 and x_c are two augmented views of an image:
 
     L_local = |eps - model(x_t, t)|^2 + alpha CE(model.classify(x_c), y)                       --alpha, 0.001
 
@@ -40,7 +40,8 @@ LOG = ("loss", "denoise", "ce", "ce_unlabelled", "kd", "kd_class", "gradient_nor
 
 # -------------------------------------------------------------------------------------------------- arguments
 
-# crop: the least share of an image that the denoiser's view keeps, in stage 1 and 2. clip: of x_0 at each step of DDIM.
+# crop: the least share of an image that the denoiser's view keeps, in stage 1 and 2. clip: whether DDIM clips x_0 at
+# each step. classifier_view: data.strong_view or weak_view. sample_steps: of pictures and evaluation, not of replay.
 # DEVIATION: the released CIFAR-10 run has a rate of 2e-5 for its third global model alone; we have 2e-4.
 PAPER = dict(class_order="natural", batch_size=256, lr=2e-4, alpha=1e-3, classifier_view="strong", crop=[0.85, 0.85],
              flip=True, unet="jdcl-cifar", image_size=32, labelled_batch=32, local_init="scratch",
@@ -61,7 +62,7 @@ PRESETS = {  # the released code's runs (grey images are ours), the same in mini
     "cifar10": COLOUR | {"paper": dict(PAPER, crop=[0.85, 0.64])},
     "cifar100": COLOUR | {"paper": dict(PAPER, local_iterations=[100_000], global_iterations=[100_000, 70_000],
                                         replay_per_class=400)},
-    # DEVIATION: the paper starts every local model from the global one, its released CIFAR runs from scratch.
+    # DEVIATION: the paper starts every local model from the global one, its released CIFAR runs and we from scratch.
     "imagenet100": COLOUR | {"paper": dict(PAPER, unet="jdcl-imagenet100", image_size=64, local_init="global",
                                            local_iterations=[120_000, 90_000], global_iterations=[90_000],
                                            replay_per_class=1040)},
@@ -88,11 +89,11 @@ def get_args(argv=None):
     add("--local-init", choices=["scratch", "global"], help="of local models (released: scratch, ImageNet-100 global)")
     add("--local-iterations", type=run.per_task(int), metavar="N", help="updates of stage 1: N, or N1,N2,... by task")
     add("--global-iterations", type=run.per_task(int), metavar="N", help="updates of stage 2: N, or N2,N3,... by task")
-    add("--classifier-start", type=run.whole, help="update of stage 2 from which it learns to classify (paper: 10000)")
+    add("--classifier-start", type=run.whole, help="update of stage 2 from which on it classifies (paper: 10000)")
     add("--ema-decay", type=run.positive(float, 1), help="upper limit of the EMA's decay (paper: 0.9999)")
     add("--replay-per-class", type=run.positive(int), help="images drawn for each class (paper: 1000, 400, 1040)")
     add("--replay-steps", type=run.positive(int, T), help="DDIM steps of the replay (paper: 250)")
-    add("--replay-cap", type=run.positive(float, 1e6), default=2.0, help="limit of images drawn, for each one wanted")
+    add("--replay-cap", type=run.positive(float, 1e6), default=2.0, help="draw about so many for each one wanted")
     add("--batch-size", type=run.positive(int), help="images per update (paper: 256)")
     add("--lr", type=run.positive(float), help="learning rate of AdamW (paper: 2e-4)")
     add("--alpha", type=run.positive(float), help="weight of the classifier's terms (paper: 0.001)")
@@ -100,9 +101,9 @@ def get_args(argv=None):
     add("--eval-every", type=run.positive(int), help="updates between two evaluations (paper: 500)")
     run.add_arguments(parser)
 
-    # A first look finds the preset. It becomes the defaults of the parser, so that the command line wins.
+    # A first parse finds the preset. Its values become the parser's defaults, so that the command line wins.
     first = parser.parse_args(argv)
-    info, preset = data.preset(PRESETS, first)
+    info, preset = data.preset(PRESETS, first)  # info: classes, channels; preset: defaults and the number of tasks
     two_stages = ["kd_weighting", "local_init", "global_iterations", "classifier_start"]
     drawing = ["no_kd", "one_stage", "teacher", "replay_per_class", "replay_steps", "replay_cap"]
     idle = [] if first.labels else ["labelled_only"]
@@ -114,9 +115,10 @@ def get_args(argv=None):
         idle += ["labels", *two_stages]
     if first.no_kd:
         idle += ["kd_weighting"]
-    preset.update(dict.fromkeys(idle))  # None: it does not apply
+    preset.update(dict.fromkeys(idle))  # None: it does not apply, and `complete` refuses it
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
+    # Refuse options that would do nothing. Add args.preset, args.departs (what was typed in its place), args.name.
     run.complete(args, parser, info, preset, METHODS[args.source])
     args.class_tasks = data.class_tasks(len(info.classes), args.tasks, args.class_order, args.seed)
     args.schedule = "jdcl"
@@ -159,7 +161,7 @@ def build(args):
     resnet = resnet18(model.in_channels, classes, 16 if args.image_size < 32 else 64)
     last, resnet.fc = resnet.fc, nn.Identity()
     model.head = nn.Sequential(resnet, last)  # head[-1] is the last layer, as in UNet
-    model.features = lambda x_0: x_0          # what the head sees is the image itself
+    model.features = lambda x_0: x_0          # model.classify gives these to the head: here the image itself
     return model
 
 
@@ -171,7 +173,7 @@ def update_ema(ema, model, n, most):
         a.copy_(b)
 
 
-# The losses return their terms and "loss", the weighted sum: scalars. x_t, t, eps are of the denoiser's view, x_c
+# Each returns a dict of scalars: its terms and "loss", their weighted sum. x_t, t, eps are of the denoiser's view, x_c
 # (B, C, H, W) is the classifier's view of the same images, y (B,) are their classes.
 
 def joint_losses(args, model, x_t, t, eps, x_c, y):
@@ -198,9 +200,10 @@ def semi_supervised_losses(args, model, x_t, t, eps, x_strong, x_l, x_weak, y_l)
 
 
 def kd_mean(args, d, n, part):
-    """Of distances d (B,), those of the n old images first: 2 mean(d), or mean(d_old) + mean(d_new).
+    """2 mean(d), or mean(d_old) + mean(d_new), of distances d (B,), the first n of old images.
 
-    With torchrun n is that of the process, `part` the share of old images in the whole batch.
+    Both are equal where half is old. With torchrun n is of this process, `part` the share of old images in the whole
+    batch. So the mean over the processes is that of the whole batch.
     DEVIATION: the paper's formula is the second, "group"; the released code weighs samples alike since September 2024.
     """
     if args.kd_weighting == "sample":
@@ -258,7 +261,7 @@ def of_classes(images, classes):
 
 
 def count(model, images, classes):
-    """{c: (right, of)}: so many images (u8, y) of each class c are given class c, out of all classes of the dataset."""
+    """{c: (right, of)}: of how many images (u8, y) of class c the largest logit is c's, and how many there are."""
     u8, y = of_classes(images, classes)
     y = y.cpu()
     right = classify(model, u8).argmax(1) == y
@@ -272,7 +275,7 @@ def accuracy(counts, classes):
 
 def measure(job, stage, replayed=None):
     """Accuracies of job.ema by name, on test images; in stage 2 also on what is replayed (u8, y)."""
-    is_local = stage == "local" and job.n_global  # a local model, which a stage 2 will follow
+    is_local = stage == "local" and job.n_global  # it knows the new classes alone; else it is the global model
     classes = job.classes if is_local else job.seen
     counts, first = count(job.ema, job.test, classes), job.args.class_tasks[0]
     found = {"accuracy": accuracy(counts, classes), "accuracy_by_class": {c: accuracy(counts, [c]) for c in classes}}
@@ -285,7 +288,7 @@ def measure(job, stage, replayed=None):
 
 
 def summary(correct, total):
-    """Of correct[k][j], the test images of task j <= k that are right after task k, out of total[j]; K tasks are done.
+    """What is known after K tasks. correct[k][j]: test images of task j right after task k, out of total[j].
 
     matrix a_kj = correct_kj / total_j, accuracy of all classes seen after each task k, average_accuracy mean_j a_Kj,
     average_forgetting mean_{j<K} (max_{j<=m<K} a_mj - a_Kj), None for K = 1 (Chaudhry et al., arXiv 1801.10112).
@@ -298,11 +301,11 @@ def summary(correct, total):
 
 # ----------------------------------------------------------------------------------------------------- stages
 #
-# `job`, made in main, is all that they share. Its networks stay, their weights come and go.
+# `job`, made in main, is all that they share. Its four networks are made once; each stage loads weights into them.
 
 def snapshot(job, **more):
     """What each file of weights holds: the moving average, the raw weights, over how many updates it has averaged."""
-    return {"task": job.k, "model": job.ema.state_dict(), "raw": job.model.state_dict(), "count": job.count,
+    return {"task": job.k, "model": job.ema.state_dict(), "raw": job.model.state_dict(), "count": job.averaged,
             "memory": {}, "config": vars(job.args), **more}
 
 
@@ -323,7 +326,7 @@ def pick(images, n):
 
 
 def make_batch(job, smallest, u8, y, *views):
-    """x_t, t, eps of the denoiser's view of images u8, x_c for each (view, images), and y; of view None x_c is None.
+    """x_t, t, eps of the denoiser's view of images u8, x_c for each (view, images), and y; a view of None makes None.
 
     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, each image with its own t from 0 .. T-1 and eps ~ N(0, I). With
     torchrun each process draws the random numbers of the whole batch and returns its own share.
@@ -344,14 +347,14 @@ def learn(job, stage, saved, losses, replayed=None):
     before, n = (0, job.n_local) if stage == "local" else (job.n_local, job.n_global)  # updates before the stage, in it
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.01, fused=True)
     log, start = torch.zeros(before + n, len(LOG), device=job.device), 0  # a row for each update of the task
-    lacking = torch.full((), math.nan, device=job.device)  # in the log, for a term that an update does not have
+    lacking = torch.full((), math.nan, device=job.device)  # of a term that an update does not have; no mean counts it
     if "optimizer" in job.state:  # the run was stopped inside this stage
         saved, start = job.state, job.state["update"] - before
         optimizer.load_state_dict(saved["optimizer"])
         log.copy_(saved["log"])
     model.load_state_dict(saved["raw"])
     job.ema.load_state_dict(saved["model"])
-    job.count = saved["count"]
+    job.averaged = saved["count"]
     job.progress.begin(k, before + start)
     for u in range(start, n):
         reseed(args.seed, "noise", k, stage, u)
@@ -359,12 +362,12 @@ def learn(job, stage, saved, losses, replayed=None):
             terms = losses(u)
         optimizer.zero_grad()
         terms["loss"].backward()
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        run.average(*grads)  # over the processes of torchrun
+        grads = [p.grad for p in model.parameters() if p.grad is not None]  # the head has none while "on" is 0
+        run.average(*grads)  # over torchrun's processes: shares are of one size
         terms["gradient_norm"] = nn.utils.get_total_norm(grads)
         optimizer.step()
-        job.count += 1
-        update_ema(job.ema, model, job.count, args.ema_decay)
+        job.averaged += 1
+        update_ema(job.ema, model, job.averaged, args.ema_decay)
         update = before + u + 1
         log[update - 1] = torch.stack([terms.get(name, lacking) for name in LOG]).detach()
         run.average(log[update - 1])
@@ -372,7 +375,7 @@ def learn(job, stage, saved, losses, replayed=None):
         # Once in a while a record, accuracies or a checkpoint: only here does the script wait for the device.
         saving = run.save_due(args.save_every, update)
         evaluating = (u + 1) % args.eval_every == 0 or u + 1 == n
-        job.progress.step(update, log, model, saving, evaluating, lambda: {
+        job.progress.step(update, log, model, check=saving, record=evaluating, more=lambda: {  # of a record
             "stage": stage, **(measure(job, stage, replayed) if evaluating else {})})
         if saving:
             run.save_checkpoint(job.folder, snapshot(job, update=update, stage=stage, log=log,
@@ -382,12 +385,12 @@ def learn(job, stage, saved, losses, replayed=None):
 def learn_local(job, previous):
     """Stage 1: a model learns the real images of the task, or with --replay all of all tasks so far.
 
-    In:  previous, the content of task<k-1>.pt, where --local-init global begins.
+    In:  previous, the content of task<k-1>.pt, from which it starts with --local-init global.
     Out: job's weights; where stage 2 follows, they and their accuracy are saved in local<k>.pt.
     """
     args = job.args
     classes = job.seen if args.source == "all" else job.classes
-    real, labelled = (images and of_classes(images, classes) for images in (job.train, job.labelled))
+    real, labelled = of_classes(job.train, classes), job.labelled and of_classes(job.labelled, classes)
 
     def losses(u):
         if not labelled:
@@ -396,15 +399,15 @@ def learn_local(job, previous):
         # DEVIATION: released runs with few labels have an EMA decay of 0.999, CIFAR-10's with 5 % a batch of 128 and
         # crops of 0.64 and more.
         (u8_l, y_l), (u8, _) = pick(labelled, args.labelled_batch), pick(real, args.batch_size - args.labelled_batch)
+        # u8 are of all the images, those with a label too, whose labels are not used.
         batch = make_batch(job, args.crop[0], u8, y_l, ("strong", u8), ("weak", u8_l), ("weak", u8))
         return semi_supervised_losses(args, job.model, *batch)
 
-    begin = previous
     if job.k == 1 or args.local_init == "scratch":
         reseed(args.seed, "weights", job.k)
         scratch = build(args).state_dict()
-        begin = {"model": scratch, "raw": scratch, "count": 0}
-    learn(job, "local", begin, losses)
+        previous = {"model": scratch, "raw": scratch, "count": 0}
+    learn(job, "local", previous, losses)
     if job.n_global:
         right = accuracy(count(job.ema, job.test, job.classes), job.classes)
         run.save(job.folder / f"local{job.k}.pt", snapshot(job, accuracy=right))
@@ -417,8 +420,8 @@ def draw(job, side, classes, saved, labeller):
     8-bit image shows. Surplus is left out, varied copies fill up a class that is short. A class that no image shows is
     lost: it gets none. `side` is "old" or "new".
     """
-    # DEVIATION: the released code stops at abar_0, with 3 % of noise left, and labels floats before clamping them.
-    args, batch, quota = job.args, 8 * job.args.batch_size, job.args.replay_per_class
+    # DEVIATION: the released code stops at abar_0, with 3 % of noise left, and labels the floats as drawn, not clamped.
+    args, batch, quota = job.args, 8 * job.args.batch_size, job.args.replay_per_class  # released: batches of 2000
     nothing = torch.empty(0, *job.shape, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
     u8, y = job.state["drawn"].get(side, nothing)  # what a checkpoint had of it
     job.ema.load_state_dict(saved["model"])
@@ -492,15 +495,16 @@ def learn_global(job, previous, replay):
     Out: job's weights.
     """
     args, replayed = job.args, [replay[name].to(job.device) for name in ("images", "labels")]
-    old, new = of_classes(replayed, job.learned), of_classes(job.train if args.one_stage else replayed, job.classes)
-    # DEVIATION: released batches mix old and new images at random; at a fixed ratio the teachers' keep their shapes.
+    of_old = of_classes(replayed, job.learned)
+    of_new = of_classes(job.train if args.one_stage else replayed, job.classes)
+    # DEVIATION: released batches mix old and new images at random; here each teacher has batches of one size.
     n_old = round(args.batch_size * len(job.learned) / len(job.seen))
     n = sum(i < n_old for i in run.share(range(args.batch_size)))  # old ones in this process's share: they come first
 
     def losses(u):
         # DEVIATION: the released code counts validation batches too, and begins after 8,636 updates.
-        on = args.one_stage or u >= args.classifier_start
-        u8, y = map(torch.cat, zip(pick(old, n_old), pick(new, args.batch_size - n_old)))
+        on = args.one_stage or u >= args.classifier_start  # without a local model nobody else learns the new classes
+        u8, y = map(torch.cat, zip(pick(of_old, n_old), pick(of_new, args.batch_size - n_old)))
         batch = make_batch(job, args.crop[1], u8, y, (args.classifier_view if on else None, u8))
         if args.no_kd:
             return joint_losses(args, job.model, *batch)
@@ -508,9 +512,9 @@ def learn_global(job, previous, replay):
             return one_stage_losses(args, job.model, job.old, n, *batch)
         return distillation_losses(args, job.model, job.old, job.new, n, n_old / args.batch_size, *batch)
 
-    # The last layer's rows of classes not yet learned begin anew: so far they have only learned not to be chosen. The
+    # The last layer's rows of classes not yet learned are drawn anew: they have only learned not to be chosen. The
     # biases stay. This changes `previous` in place, of which the teacher has its own copy.
-    # DEVIATION: all released settings ask for this, but in the released code it no longer happens.
+    # DEVIATION: all released settings ask for this, but the released code now ignores them.
     last = f"head.{len(job.model.head) - 1}.weight"
     not_learned = [c not in job.learned for c in range(len(args.class_names))]
     reseed(args.seed, "head", job.k)
@@ -571,15 +575,16 @@ def main(argv=None):
     if args.compile:
         for net in model, ema, old, new:
             net.compile(dynamic=False)
-            if net is not ema:  # which classifies the test images, in batches of many sizes
+            if net is not ema:  # ema classifies the test images, in batches of many sizes
                 net.classify = torch.compile(net.classify, dynamic=False)
+    # The newest checkpoint; or the newest task<k>.pt, which `latest` returns as task k + 1, update 0; or a fresh start.
     state = run.latest(folder, args.tasks) or {"task": 1, "update": 0}
     job = SimpleNamespace(
         args=args, device=device, autocast=autocast, abar=alpha_bar(args.schedule).to(device), folder=folder,
         state=state, progress=run.Progress(folder, state, args.updates, LOG, device),
         train=train, labelled=labelled, test=test, shape=train[0].shape[1:],
-        model=model, ema=ema, count=0,  # the model that learns; its EMA, which also draws; over how many updates
-        old=old, new=new)               # the teachers of old and of new classes in stage 2
+        model=model, ema=ema, averaged=0,  # the model that learns; its EMA, which also draws, and of how many updates
+        old=old, new=new)                  # the teachers of old and of new classes in stage 2
 
     for k in range(state["task"], args.tasks + 1):
         job.k, (job.n_local, job.n_global) = k, stages[k - 1]  # updates of stage 1 and 2, 0 where there is none
