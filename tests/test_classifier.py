@@ -14,7 +14,7 @@ import data
 import train_classifier
 import train_gr
 from ddim import alpha_bar, eval_mode, reseed, sample
-from train_classifier import R, classifier, count_correct, distillation, get_args, losses, summary
+from train_classifier import classifier, count_correct, distillation, get_args, losses, summary
 from unet import NETS, UNet
 
 QUICK = ["--iterations", "3,2", "--device", "cpu"]
@@ -28,17 +28,13 @@ def images_of(n=6, side=16):
 # ------------------------------------------------------------------------------------------------- arguments
 
 def test_a_run_brings_everything_but_the_recipe(fake_run):
-    args = get_args([str(fake_run())])
-    assert (args.dataset, args.seed, args.class_tasks, args.steps, args.image_size) == (
-        "shapes", 42, [[0, 1], [2, 3]], 2, 16)
-    assert (args.replay, args.replay_loss, args.length) == ("generated", "paper", ("iterations", [150, 60]))
+    assert get_args([str(fake_run())]).length == ("iterations", [150, 60])
     args = get_args([str(fake_run("other", scale="paper", flip=True)), "--steps", "20", "--replay-loss", "reversed"])
     assert (args.length, args.flip, args.steps, args.replay_loss) == (("epochs", [20.0]), True, 20, "reversed")
     small = get_args([str(fake_run("small", scale="small"))])
     assert (small.length, small.pool, args.pool) == (("iterations", [900, 250]), 6400, None)
     assert get_args(["--replay", "all", "--scale", "small"]).length == ("iterations", [900])
     assert get_args([str(fake_run("third")), "--epochs", "2"]).length == ("epochs", [2.0])
-    assert (train_classifier.BATCH, train_classifier.LR, R) == (128, 1e-3, 2)
 
 
 def test_targets_have_the_tasks_of_the_train_scripts():
@@ -49,7 +45,6 @@ def test_targets_have_the_tasks_of_the_train_scripts():
             ours, theirs = get_args(common), train_gr.get_args(common)
             for key in ("class_tasks", "tasks", "image_size", "flip", "seed", "scale", "dataset", "class_names"):
                 assert getattr(ours, key) == getattr(theirs, key), (common, key)
-    assert get_args("--replay all --scale laptop --tasks 2".split()).class_tasks == [[0, 1], [2, 7]]
 
 
 @pytest.mark.parametrize("channels, count, side, sides", [(3, 120_298, 32, [32, 30, 15, 15, 13, 6, 6, 1]),
@@ -162,7 +157,7 @@ def test_a_run_written_out_by_hand(fake_run, pool):
     """Weights 1/k and 1 - 1/k, the models of task k-1, Adam afresh, each draw from its stream, mirrored images: all of
     a tiny run again as the paper tells it, and with replay out of a pool of 200 images. Its last losses tell whether
     the updates before were the same."""
-    folder, last = fake_run(flip=True), []
+    folder, abar, last = fake_run(flip=True, schedule="linear"), alpha_bar("linear"), []
     images, labels = data.load_images("shapes", "train", "data", 16)
     tests, test_labels = data.load_images("shapes", "test", "data", 16)
     reseed(42, "classifier", "weights")
@@ -175,7 +170,7 @@ def test_a_run_written_out_by_hand(fake_run, pool):
         reseed(42, "classifier", "order", k, 0)
         order = task[torch.randperm(len(task))]
         reseed(42, "classifier", "pool", k)
-        drawn = torch.cat([sample(generator, torch.randn(128, 1, 16, 16), alpha_bar(), 2) for _ in range(2)])
+        drawn = torch.cat([sample(generator, torch.randn(128, 1, 16, 16), abar, 2) for _ in range(2)])
         for u in range({1: 12, 2: 3}[k]):
             reseed(42, "classifier", k, u)
             batch = order[u * 128:(u + 1) * 128]
@@ -184,7 +179,7 @@ def test_a_run_written_out_by_hand(fake_run, pool):
             x_r = x[:0]
             if k == 2:
                 x_r = drawn[torch.randint(200, (128,))] if pool else sample(
-                    generator, torch.randn(128, 1, 16, 16), alpha_bar(), 2)
+                    generator, torch.randn(128, 1, 16, 16), abar, 2)
             p, p_r = model(torch.cat([x, x_r])).split([128, len(x_r)])
             new = -p.log_softmax(1)[range(128), y].mean()
             replayed = torch.zeros(())

@@ -18,7 +18,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -205,10 +204,8 @@ def test_a_stop_saves_once_and_a_second_one_does_not_break_it(unbroken, tmp_path
         sent.append(event)
         if len(sent) == events // 2 or (len(sent) > events // 2 and event == "inside a save"):
             os.kill(os.getpid(), number)
-    begun = time.monotonic()
     code, said = live(name, tmp_path / "run", stop)
     assert code == 128 + number and "the same command goes on from there" in said, said
-    assert time.monotonic() - begun < 60
     code, said = live(name, tmp_path / "run")
     assert code == 0 and "going on from task" in said, said
     assert_same_end(whole, tmp_path / "run")
@@ -330,7 +327,7 @@ def processes(name, folder, n, more=(), happen=lambda rank, event: None):
 
 
 @pytest.mark.parametrize("name, more", [
-    ("train_gr.py", []), ("train_gd.py", []), ("train_gd.py", ["--distill", "noise"]),
+    ("train_gr.py", []), ("train_gd.py", []), ("train_ewc.py", []), ("train_gd.py", ["--distill", "noise"]),
     ("train_gd.py", ["--distill", "current"]), ("train_gr.py", ["--replay", "buffer", "--buffer-size", "7"])])
 def test_two_processes_follow_one(tmp_path, name, more):
     """The losses of every update are those of one process, to float error, which Adam's first steps enlarge."""

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch.testing import assert_close
 
 import data
 import run
+import train_ewc
 import train_gd
 import train_gr
 from ddim import T, alpha_bar, q_sample, reseed, sample
@@ -31,17 +33,6 @@ TINY = ["--dataset", "shapes", "--scale", "laptop", "--batch-size", "8", "--devi
 
 
 # ------------------------------------------------------------------------------------------------ arguments
-
-def test_defaults_are_the_papers_runs():
-    args = train_gd.get_args([])
-    assert (args.dataset, args.unet, args.image_size) == ("fashion-mnist", "fashion-mnist", 32)
-    assert (args.batch_size, args.length) == (128, ("epochs", [100]))
-    assert (args.teacher_steps, args.sample_steps, args.lam, args.lr, args.tasks) == (2, 10, 0.75, 2e-4, 5)
-    assert (args.schedule, args.flip) == ("zero-snr", False)
-    args = train_gd.get_args(["--dataset", "cifar10"])
-    assert (args.unet, args.batch_size, args.length) == ("cifar10", 64, ("epochs", [200]))
-    assert (args.teacher_steps, args.sample_steps) == (10, 20)
-    assert args.flip and not train_gd.get_args(["--dataset", "cifar10", "--no-flip"]).flip
 
 
 def test_updates_of_each_task():
@@ -56,34 +47,33 @@ def test_updates_of_each_task():
 
 # --------------------------------------------------------------------------------------------------- losses
 
-def both(script, args, model, prev, x_0, k=2):
-    abar = alpha_bar()
-    reseed("losses")
-    x_t, t, eps = script.diffuse(x_0, abar)
-    x_r = sample(prev, torch.randn_like(x_0), abar, args.teacher_steps)
-    more = (x_r, x_0, None) if script is train_gr else (prev, x_r, x_0, x_t, t)
-    return script.losses(model, x_t, t, eps, script.replay(args, *more, abar) if k > 1 else None)
-
-
 def test_losses_written_out_by_hand():
-    """Both scripts' losses on a batch equal the paper's Equations 4, 7 and 9 written with separate forwards."""
+    """The paper's Equations 4, 7 and 9, with separate forwards."""
     reseed("nets")
     model, prev = (UNet(**NETS["laptop"]).eval() for _ in range(2))
-    x_0, abar = torch.rand(4, 1, 16, 16) * 2 - 1, alpha_bar()
-    args = train_gd.get_args(["--scale", "laptop", "--teacher-steps", "3"])
+    args, abar = train_gd.get_args(["--scale", "laptop"]), alpha_bar()
+    x_0, x_r = torch.rand(2, 4, 1, 16, 16) * 2 - 1
     reseed("losses")
-    t, eps = torch.randint(T, (4,)), torch.randn_like(x_0)
-    x_r = sample(prev, torch.randn_like(x_0), abar, 3)
-    t_r, eps_r = torch.randint(T, (4,)), torch.randn_like(x_0)
+    t, eps, t_r, eps_r = torch.randint(T, (4,)), torch.randn_like(x_0), torch.randint(T, (4,)), torch.randn_like(x_0)
     x_r_t = q_sample(x_r, t_r, eps_r, abar)
-    mse = [(eps - model(q_sample(x_0, t, eps, abar), t)).square().mean(),
-           (prev(x_r_t, t_r) - model(x_r_t, t_r)).square().mean(), (eps_r - model(x_r_t, t_r)).square().mean()]
-    gd, gr = both(train_gd, args, model, prev, x_0), both(train_gr, args, model, prev, x_0)
-    assert_close(torch.stack(gd), torch.stack(mse[:2]), rtol=1e-4, atol=1e-6)
-    assert_close(torch.stack(gr), torch.stack([mse[0], mse[2]]), rtol=1e-4, atol=1e-6)
-    first = both(train_gr, args, model, prev, x_0, k=1)
-    assert_close(first[0], mse[0], rtol=1e-4, atol=1e-6)
-    assert first[1] == 0
+    new = (eps - model(q_sample(x_0, t, eps, abar), t)).square().mean()
+    for script, given, target_r in ((train_gr, (x_r, x_0, None), eps_r),
+                                    (train_gd, (prev, x_r, x_0, None, None), prev(x_r_t, t_r))):
+        reseed("losses")
+        batch = script.diffuse(x_0, abar)
+        found = script.losses(model, *batch, script.replay(args, *given, abar))
+        replayed = (target_r - model(x_r_t, t_r)).square().mean()
+        assert_close(found, (new, replayed), rtol=1e-4, atol=1e-6)
+        assert_close(script.losses(model, *batch, None), (new, torch.zeros(())), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("script", [train_gr, train_gd, train_ewc])
+def test_the_teacher_draws_as_it_is_told(script):
+    args = script.get_args("--scale laptop --teacher-steps 3 --first-step analytic --teacher-solver ipndm".split())
+    prev, abar = UNet(**NETS["laptop"]).eval(), alpha_bar()
+    x_r = script.draw(args, prev, abar, (4, 1, 16, 16), 2, 5)
+    reseed(42, "replay", 2, 5)
+    assert_close(x_r, sample(prev, torch.randn(4, 1, 16, 16), abar, 3, first="analytic", solver="ipndm"))
 
 
 def test_experience_replay_draws_from_the_buffer():
@@ -200,7 +190,7 @@ def test_how_the_cost_of_an_update_grows(main, monkeypatch, name, arguments, uni
         return step(optimizer, *more)
     monkeypatch.setattr(UNet, "forward", count)
     monkeypatch.setattr(torch.optim.Adam, "step", step)
-    save = train_gr.run.save  # the picture is drawn between tasks, before the task is saved
+    save = run.save  # the picture is drawn between tasks, before the task is saved
     monkeypatch.setattr(run, "save", lambda *what: (images.__setitem__(0, 0), save(*what)))
     main(name, *TINY, "--batch-size", "4", "--iterations", "1", "--out", "run", *arguments)
     assert updates == units
@@ -219,25 +209,34 @@ def test_bf16_trains_like_fp32(main, tmp_path):
 @pytest.mark.parametrize("module", [train_gr, train_gd])
 def test_each_update_replays_images_of_its_own(main, monkeypatch, module):
     """As many as the batch has, drawn by the previous model."""
-    drawn, used, train = [], [], ["--iterations", "3,7", "--class-order", "0,1|2,3"]
+    drawn, used = [], []
     few = data.load_images("shapes", "train", "data", 16)
-    few = [torch.cat([x[few[1] == c][:10] for c in range(6)]) for x in few]  # 20 a task: batches of 8, 8 and 4
+    few = [torch.cat([x[few[1] == c][:10] for c in range(4)]) for x in few]  # 20 a task: batches of 8, 8 and 4
 
-    def note(*arguments, **more):
-        drawn.append(sample(*arguments, **more))
+    def note(*how, draw=module.draw):
+        drawn.append(draw(*how))
         return drawn[-1]
-
-    def use(args, *more, replay=module.replay):
-        used.append(more[0] if module is train_gr else more[1])
-        return replay(args, *more)
     monkeypatch.setattr(data, "load_images", lambda *which: few)
-    monkeypatch.setattr(module, "sample", note)
-    monkeypatch.setattr(module, "replay", use)
-    main(f"{module.__name__}.py", *TINY, *train, "--out", "run")
-    drawn = [x for x in drawn if len(x) <= 8]  # the others are the pictures
-    assert [len(x) for x in used] == [8, 8, 4, 8, 8, 4, 8]
-    assert all(map(torch.equal, used, drawn))
-    assert len({float(x.sum()) for x in used}) == 7, "no two updates replay the same images"
+    monkeypatch.setattr(module, "draw", note)
+    monkeypatch.setattr(module, "replay", lambda *given, replay=module.replay: used.append(
+        any(x is drawn[-1] for x in given)) or replay(*given))
+    main(f"{module.__name__}.py", *TINY, "--iterations", "3,7", "--class-order", "0,1|2,3", "--out", "run")
+    assert [len(x) for x in drawn] == [8, 8, 4, 8, 8, 4, 8] and used == [True] * 7
+    assert len({float(x.sum()) for x in drawn}) == 7, "no two updates replay the same images"
+
+
+@pytest.mark.parametrize("module, more", [(train_gr, ""), (train_gd, ""),
+                                          (train_ewc, "--ewc-images 8 --fisher-images 2")])
+def test_streams_have_the_seed_and_noise_the_schedule(main, monkeypatch, module, more):
+    keys, tables = [], []
+    monkeypatch.setattr(module, "reseed", lambda *key: keys.append(key) or reseed(*key))
+    monkeypatch.setattr(module, "diffuse", lambda x_0, abar, diffuse=module.diffuse: (
+        tables.append(abar) or diffuse(x_0, abar)))
+    main(f"{module.__name__}.py", *TINY, "--iterations", "2", "--tasks", "2", "--seed", "7", "--schedule", "linear",
+         "--out", "run", *more.split())
+    assert {key[0] for key in keys} == {7, "grid"}
+    assert len(set(keys)) == len(keys) - 1, "each stream is drawn from once, but for the noise of the pictures"
+    assert all(torch.equal(abar, alpha_bar("linear")) for abar in tables)
 
 
 @pytest.mark.parametrize("backend, channels, arguments, graphs", [
@@ -350,18 +349,39 @@ def test_the_latest_whole_state_is_found(tmp_path, capsys):
     with pytest.raises(run.InputError, match="--restart"):
         run.latest(tmp_path, 3)  # never afresh in silence
     checkpoints(tmp_path, task=1)
+    assert run.latest(tmp_path, 3)["task"] == 2, "checkpoints of a finished task are passed over"
     flip_a_bit(tmp_path / "task1.pt")
     assert run.latest(tmp_path, 3)["update"] == 5, "the end of a task is damaged, its last checkpoint is not"
 
 
-def test_checkpoints_of_finished_tasks_are_passed_over_and_at_the_end_removed(tmp_path):
-    checkpoints(tmp_path, task=1)
-    assert run.latest(tmp_path, 3)["task"] == 2
-    for k in (2, 3):
-        run.save(tmp_path / f"task{k}.pt", {"task": k, "model": {}, "config": {}})
-    assert run.latest(tmp_path, 3)["task"] == 4
-    run.finish(tmp_path)
-    assert not list(tmp_path.glob("checkpoint*"))
+def test_a_checkpoint_is_due_every_ten_minutes(monkeypatch):
+    clock, due = [0.0], []
+    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(run, "last_save", 0.0)
+    for clock[0] in (599, 601, 1200, 1202):
+        due.append(run.save_due(train_gd.get_args([]).save_every, 1))
+    assert due == [False, True, False, True]
+
+
+def test_a_record_is_the_mean_over_the_updates_since_the_one_before(tmp_path):
+    """Also if the run was stopped between two records. What is to be saved is checked where nothing is recorded."""
+    log, model = torch.arange(100.0)[:, None].repeat(1, 2), torch.nn.Linear(1, 1)
+
+    def progress(update):
+        found = run.Progress(tmp_path, {"task": 1, "update": update}, [100], ("loss", "norm"), torch.device("cpu"))
+        found.begin(1, update)
+        return found
+    for begin, end in (0, 7), (7, 100):
+        going = progress(begin)
+        for u in range(begin + 1, end + 1):
+            going.step(u, log, model)
+    records = lives(tmp_path)
+    assert [(r["update"], r["loss"]) for r in records] == [(u, u - 3) for u in range(5, 101, 5)]
+    assert [r["seconds"] for r in records] == sorted(r["seconds"] for r in records)
+    log[1, 0], going = float("nan"), progress(0)
+    going.step(2, log, model)  # neither recorded nor saved
+    with pytest.raises(run.InputError, match="diverged by update 2"):
+        going.step(2, log, model, check=True)
 
 
 def test_a_checkpoint_with_code_in_it_is_refused_and_nothing_runs(tmp_path):
