@@ -25,6 +25,7 @@ import eval_fid
 import run
 import train_classifier
 import train_gd
+import train_jdcl
 from ddim import alpha_bar, reseed, sample
 from unet import NETS, UNet, cost, resnet18
 
@@ -222,7 +223,8 @@ def test_a_fault_in_the_script_is_seen(gpu, monkeypatch, tmp_path, fault):
 
 
 @pytest.mark.parametrize("more", ["", "--separate", "--one-stage", "--labels 0.05"])
-def test_jdcl(gpu, more):
+def test_jdcl(gpu, monkeypatch, more):
+    monkeypatch.setitem(train_jdcl.PRESETS["shapes"], "laptop", dict(train_jdcl.LAPTOP, crop=[0.5, 0.7]))
     flags = "--batch-size 16 --local-iterations 3 --alpha 1 --lr 0.005 --eval-every 2"
     flags += " --replay-per-class 40 --replay-steps 2 --replay-cap 1000 --class-order 0|4 --save-every 4"
     flags += " --global-iterations 3 --classifier-start 1" * (more != "--one-stage")
