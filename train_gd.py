@@ -39,15 +39,16 @@ PAPER = dict(class_order="random", length=("epochs", [100]), batch_size=128, lr=
 # DEVIATION: on CIFAR-10 the paper evaluates with 20 DDIM steps in Section 4.2.2, with 10 and with 20 in A.5. Here: 20.
 CIFAR = dict(PAPER, length=("epochs", [200]), batch_size=64, unet="cifar10", flip=True, teacher_steps=10,
              sample_steps=20)
-# SMALL and LAPTOP share a small net. SMALL has 1500 updates of task 1, which starts from random weights, then 800.
+# SMALL and LAPTOP share a small net. Their fewer updates want larger rates. SMALL has 1500 of task 1, which starts from
+# random weights, then 800.
 SMALL = dict(PAPER, length=("iterations", [1500, 800]), batch_size=32, lr=5e-4, unet="laptop", image_size=16)
-LAPTOP = dict(SMALL, length=("iterations", [600, 150]), lr=2e-3,  # so few updates want a larger rate
+LAPTOP = dict(SMALL, length=("iterations", [600, 150]), lr=2e-3,
               class_order="0,1|2,7|8,9")  # three tasks; of Fashion-MNIST, garments that differ even at 16x16
 GREY = {"paper": PAPER, "small": SMALL, "laptop": LAPTOP}
 COLOUR = {"paper": CIFAR, "small": dict(SMALL, unet="laptop-rgb", flip=True),
           "laptop": dict(LAPTOP, unet="laptop-rgb", flip=True)}
-# By dataset, then by scale; "paper" is the full size. Those of fashion-mnist and cifar10 are the paper's (Sections 4,
-# A.1), the others are ours. mnist and folders take the presets of fashion-mnist or cifar10, see data.preset.
+# By dataset, then by scale; "paper" is the full size. This of fashion-mnist and cifar10 is the paper's run (Sections
+# 4, A.1), all else is ours. mnist and folders take the presets of fashion-mnist or cifar10, see data.preset.
 PRESETS = {"fashion-mnist": GREY, "shapes": GREY, "cifar10": COLOUR, "cifar100": COLOUR,
            "imagenet100": COLOUR | {"paper": dict(CIFAR, image_size=64)}}
 # Key: args.source, what is replayed. Value: the first part of the run's name, and the title in tables and figures.
@@ -65,8 +66,8 @@ def get_args(argv=None):
     add("--lambda", dest="lam", type=run.positive(float), help="lam in the loss (paper: GD 0.75, LwF 1.25, noise 8)")
     add("--teacher-steps", type=run.positive(int, T - 1), help="DDIM steps to a replayed image, each with a call of "
         "the previous model (paper: 2, CIFAR-10 10)")  # T - 1, as an analytic one may come on top
-    add("--teacher-solver", choices=["ddim", "ipndm"], help="ipndm (improved PNDM): a step takes eps extrapolated "
-        "from this call's and the last three (paper: ddim)")
+    add("--teacher-solver", choices=["ddim", "ipndm"], help="ipndm (improved PNDM): the eps of a step is extrapolated "
+        "from the last four calls, so that fewer are needed (paper: ddim)")
     add("--first-step", choices=["network", "analytic"], help="analytic: adds a first step without a call: at t = 999 "
         "all is noise, so eps = x_T, and x_0 is taken as 0, mid-grey (paper: network)")
     length = parser.add_mutually_exclusive_group()  # args.length is ("epochs", [E1, ...]) or ("iterations", [N1, ...])
@@ -84,7 +85,7 @@ def get_args(argv=None):
 
     # A first parse finds the preset. Its values become the parser's defaults, so that the command line wins.
     first = parser.parse_args(argv)
-    info, preset = data.preset(PRESETS, first)  # info: classes, channels; preset: defaults and the number of tasks
+    info, preset = data.preset(PRESETS, first)  # info: classes, channels; preset: defaults and how many tasks
     preset["lam"] = {"generated": 0.75, "current": 1.25, "noise": 8.0}[first.source]
     if first.source != "generated":
         preset.update(teacher_steps=None, teacher_solver=None, first_step=None)  # so that `complete` refuses them
@@ -103,8 +104,8 @@ def get_args(argv=None):
 def diffuse(x_0, abar):
     """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, each image with its own t from 0 .. T-1 and eps ~ N(0, I).
 
-    Returns x_t, t, eps. With torchrun every process draws the same t and eps for the whole batch x_0, and returns only
-    its share of the rows, see run.share. So N processes together compute what one would.
+    Returns x_t, t, eps. With torchrun every process draws the same t and eps for the whole batch x_0, and returns its
+    share of the rows, or all if they do not divide evenly. So N processes together compute what one would.
     """
     t = torch.randint(T, (len(x_0),), device=x_0.device)
     eps = torch.randn_like(x_0)
@@ -119,7 +120,7 @@ def draw(args, prev, abar, shape, k, u):
     return run.gather(x_r, len(x_T))  # the whole batch again: `diffuse` draws noise for it, and then shares
 
 
-@torch.no_grad()  # what it returns is fixed, nothing is learned through it
+@torch.no_grad()  # a safeguard: nothing here has gradients
 def replay(args, prev, x_r, x_0, x_t, t, abar):
     """Noisy replayed images x_r_t (N, C, H, W), their times t_r (N,), and what to predict there, (N, C, H, W)."""
     if args.source == "generated":
@@ -141,7 +142,7 @@ def losses(model, x_t, t, eps, replayed):
         return F.mse_loss(model(x_t, t), eps), eps.new_zeros(())  # a tensor, for the log
     x_r_t, t_r, target_r = replayed
     pred = model(x_t, t) if x_r_t is x_t else model(torch.cat([x_t, x_r_t]), torch.cat([t, t_r]))
-    return F.mse_loss(pred[:len(eps)], eps), F.mse_loss(pred[-len(target_r):], target_r)
+    return F.mse_loss(pred[:len(eps)], eps), F.mse_loss(pred[-len(target_r):], target_r)  # new ones first
 
 
 # ------------------------------------------------------------------------------------------------------ train
@@ -185,7 +186,7 @@ def main(argv=None):
         for net in (model, prev):
             net.compile(fullgraph=True, dynamic=False)  # one whole graph for each batch size; a break is an error
     abar = alpha_bar(args.schedule).to(device)
-    # The newest checkpoint; or the newest task<k>.pt, which `latest` returns as task k + 1, update 0; or a fresh start.
+    # The further of the newest checkpoint and the newest task<k>.pt, as task k + 1, update 0; or a fresh start.
     state = run.latest(folder, args.tasks, device) or {
         "task": 1, "update": 0, "model": model.state_dict(), "memory": {}}
     model.load_state_dict(state["model"])
@@ -207,7 +208,7 @@ def main(argv=None):
             optimizer.load_state_dict(state["optimizer"])
             log.copy_(state["log"])  # the next line of metrics.jsonl is a mean that needs these rows
 
-        progress.begin(k, state["update"])
+        progress.begin(k, state["update"])  # the live line; if Ctrl-C was pressed, the run stops here
         for u, i in batches(args, index, k, state["update"], end):
             with autocast, run.eager(len(i) < args.batch_size):  # an epoch's last, smaller batch is not compiled
                 x_r = draw(args, prev, abar, (len(i), *shape), k, u) if drawing else None
