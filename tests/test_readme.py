@@ -4,8 +4,11 @@ import importlib
 import re
 import shlex
 
+import claim
 import pytest
 from conftest import ROOT, write_pictures
+
+import report
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {path: path.read_text(encoding="utf-8")
@@ -47,6 +50,40 @@ def test_the_deviations_are_those_marked_in_the_code():
         marked = (ROOT / name).read_text(encoding="utf-8").count("DEVIATION:")
         listed = sum(f"`{name}`" in row.split("|")[1] for row in table if row.startswith("| `"))
         assert listed == marked, f"{name} marks {marked} deviations, docs/deviations.md lists {listed}"
+
+
+@pytest.fixture(scope="module")
+def results():
+    return report.find([ROOT / "results"])
+
+
+METHOD = dict(zip("joint finetune er-1000 gr-2 gd-2 lwf noise".split(), [("frd", "kld", "acc")] * 7))
+JDCL = dict.fromkeys(["jdcl-joint", "jdcl", "jdcl --one-stage", "jdcl --separate", "jdcl --no-kd", "jdcl-finetune"],
+                     ("average_accuracy", "average_forgetting"))
+
+
+@pytest.mark.parametrize("table, first, rows", [(0, 5, METHOD), (1, 3, JDCL)])
+def test_its_numbers_are_those_of_the_results(results, table, first, rows):
+    """Mean ± standard error of three seeds, rounded as they are printed."""
+    block = [block for block in README.split("\n\n") if block.startswith("|")][table]
+    for (place, metrics), line in zip(rows.items(), block.splitlines()[2:], strict=True):
+        printed = re.findall(r"([\d.]+) ± ([\d.]+)", " ".join(line.split("|")[1:][first - 1:]))
+        for metric, numbers in zip(metrics, printed, strict=True):
+            target = f"classifier-{place}" if metric == "acc" and place in ("joint", "finetune") else place
+            found = [value for r in results if (r.place, r.scale, r.dataset) == (target, "small", "fashion-mnist")
+                     for (name, k, _), value in r.values.items() if (name, k) == (metric, r.tasks)]
+            assert len(found) == 3, (place, metric)
+            for number, value in zip(numbers, report.mean_and_error(found)):
+                value *= 100 if "%" in report.METRICS[metric][0] else 1
+                digits = len(number.partition(".")[2])
+                assert abs(float(number) - value) < 0.501 * 10**-digits, (place, metric, number, value)
+
+
+def test_its_verdicts_are_those_of_the_results(results, capsys):
+    claim.judge(results)
+    judged = [line.partition(":")[0].lower() for line in capsys.readouterr().out.splitlines()]
+    told = re.findall(r"^- \*\*(\w+)\*\*:", README, re.M)
+    assert sorted(judged[:8]) == sorted(told) and judged[8:12] == ["holds"] * 4, "JDCL beats its ablations"
 
 
 def test_the_first_page_is_short():
