@@ -375,7 +375,7 @@ def learn(job, stage, saved, losses, replayed=None):
         # Once in a while a record, accuracies or a checkpoint: only here does the script wait for the device.
         saving = run.save_due(args.save_every, update)
         evaluating = (u + 1) % args.eval_every == 0 or u + 1 == n
-        job.progress.step(update, log, model, check=saving, record=evaluating, more=lambda: {  # of a record
+        job.progress.step(update, log, model, check=saving, record=evaluating, more=lambda: {
             "stage": stage, **(measure(job, stage, replayed) if evaluating else {})})
         if saving:
             run.save_checkpoint(job.folder, snapshot(job, update=update, stage=stage, log=log,
