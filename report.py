@@ -147,7 +147,7 @@ METRICS = {  # header and decimals; beside the papers' values ours have as many 
 # The methods in the order of tables and figures, with their colours. Others follow, a spare colour for each label.
 COLOURS = {"joint": "black", "finetune": "0.6", "er": "tab:olive", "gr": "tab:red", "gd": "tab:blue",
            "lwf": "tab:green", "noise": "tab:purple"}
-STYLES = "o-", "s--", "^:", "D-."  # of curves in the same colour
+STYLES = "o-", "s--", "^:", "D-.", "v-.", "P--"  # of curves in the same colour
 SPARE = "tab:orange tab:brown tab:pink tab:cyan gold navy lime teal salmon orchid".split()
 TEACHER = "teacher_solver", "first_step"  # flags that say how a teacher draws
 UNSAID = dict(precision="fp32", clip=True, sample_steps=None, teacher_steps=None, buffer_size=None, preset={},
@@ -296,9 +296,9 @@ def read(path):
 
     steps, images, known = r.teacher_steps, r.buffer_size, [*COLOURS, r.method]
     r.count, r.usual = int(steps or images or 0), steps == r.preset.get("teacher_steps", steps)
-    r.style = STYLES[{10: 1, 100: 2, 1000: 3}.get(r.count, 0)]
+    r.style = STYLES[{10: 1, 100: 2, 1000: 3, 1: 4, 5: 5}.get(r.count, 0)]
     r.variant = "".join(f", {r.departs[key]}" for key in TEACHER if key in r.departs)
-    r.label = r.title + (f", {steps} steps" if steps else f", {images} images" if images else "")
+    r.label = r.title + (f", {steps} step" + "s" * (steps > 1) if steps else f", {images} images" if images else "")
     r.row = known.index(r.method), r.method, r.count, len(r.departs), r.name, r.done, sum(r.updates[:r.done]), r.script
     r.column = r.dataset + f" --tasks {r.tasks}" * ("tasks" in r.departs)
     r.place = r.base + "".join(f" --{key.replace('_', '-')}" + f" {value}" * (value is not True)
