@@ -57,7 +57,7 @@ def results():
     return report.find([ROOT / "results"])
 
 
-METHOD = dict(zip("joint finetune er-1000 gr-2 gd-2 lwf noise".split(), [("frd", "kld", "acc")] * 7))
+METHOD = dict.fromkeys("joint finetune er-1000 gr-2 gd-2 lwf noise".split(), ("frd", "kld", "acc"))
 JDCL = dict.fromkeys(["jdcl-joint", "jdcl", "jdcl --one-stage", "jdcl --separate", "jdcl --no-kd", "jdcl-finetune"],
                      ("average_accuracy", "average_forgetting"))
 

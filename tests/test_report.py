@@ -136,6 +136,21 @@ def text_of(*folders):
 # ------------------------------------------------------------------------------------------- the papers' values
 
 
+@pytest.mark.parametrize("row, values", [
+    ("Joint", "15.49 ± 1.30, 0.08 ± 0.02, –, 31.88 ± 2.89, 0.12 ± 0.02, –"),
+    ("Finetune", "68.76 ± 7.00, 4.82 ± 1.42, –, 55.77 ± 2.56, 1.14 ± 0.10, –"),
+    ("GR, 2 steps", "211.79 ± 6.92, 3.39 ± 0.30, 0.50 ± 0.04"), ("ER, 1000 images", "21.6 ± 0.9, 0.28 ± 0.01"),
+    ("GR, 10 steps", "121.42 ± 13.04, 0.98 ± 0.19, 0.58 ± 0.04, 96.39 ± 5.25"),
+    ("GD, 10 steps", "20.29 ± 3.07, 0.13 ± 0.04, 0.79 ± 0.01, 42.34 ± 4.74, 0.15 ± 0.01, 0.31 ± 0.03"),
+    ("Gaussian noise", "38.87 ± 2.23, 0.85 ± 0.05"), ("Current data", "65.01 ± 3.31, 0.37 ± 0.09"),
+    ("Continual Joint", "86.41, 73.07, 64.15, 50.59"), ("JDCL", "83.69, 47.95, 29.04, 54.53")])
+def test_the_papers_values_are_those_of_the_papers(row, values):
+    """A second copy of a part, typed from the papers."""
+    line, ours = re.findall(rf"^\| {re.escape(row)} +\| paper +\| (.*)\n(.*)", "\n".join(report.beside_the_papers([])),
+                            re.M)[0]
+    assert re.split(r" +\| ", line)[:values.count(", ") + 1] == values.split(", ") and set(ours) <= set("| ours–")
+
+
 def test_the_commands_make_the_runs_of_their_rows():
     """Each script makes of a row's command the base and the flags that the row asks for, at the paper's scale."""
     modules = {m.__name__ + ".py": m for m in (train_gr, train_gd, train_classifier, train_jdcl)}

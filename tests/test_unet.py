@@ -94,6 +94,15 @@ def test_every_parameter_gets_a_gradient(name):
             assert p.grad.abs().max() > 1e-4 and (p.grad != 0).all(), key
 
 
+def test_counts_are_those_of_the_paper_and_settle_its_contradictions():
+    def count(**options):
+        with torch.device("meta"):
+            return sum(p.numel() for p in UNet(**dict(NETS["fashion-mnist"], **options)).parameters())
+
+    assert count(attention=(2, 3)) == 43_646_913  # the paper's 42.9 million are in TABLE
+    assert count(attention=(2, 3), layers=2) == 63_148_929
+
+
 def test_command_prints_the_table(script):
     done = script("unet.py")
     head, *rows = [line.split() for line in done.stdout.splitlines()]
