@@ -122,20 +122,20 @@ BEYOND = {  # docs/beyond.md, docs/jdcl.md
                         for n in ("5", "5 --teacher-solver ipndm", "10")),
     "errors": "joint, finetune, er-10, er-100, er-1000, gr, gd, lwf, noise",
     "ewc": "gd, " + ", ".join(f"{base} --ewc {weight}" for base in ("ewc", "ewc-random")
-                              for weight in (15, 150, 1500, 15000)),
+                              for weight in (150, 1500, 15000)),
     "few labels": f"jdcl{FIVE}, " + ", ".join(
         f"jdcl --labels {share}{more}" for share in (0.05, 0.008)
         for more in ("", " --labelled-only", FIVE, f" --labelled-only{FIVE}", f" --labelled-batch 32{FIVE}"))}
 INTRODUCTION = """# Results
 
 Ours are mean ± standard error (sample standard deviation / √n) over n seeds, and (n). A dash was not measured, or is
-not in the paper. What is not as in the paper stands beside ours; the paper's ACC are with `--replay-loss reversed`.
-Shortened runs compare with nothing in the paper. frd is not FID: its features are another network's. Frd by task is the
-mean over tasks of the frd of each task's images, its forgetting how much that has grown since each task was new. A run
-that draws fewer than two images of a task is left out of these two. ms are means over the last 1000 updates; the
-paper's are ± standard deviation, of a GeForce 1080 Ti. Parameters are those of all networks that a method trains with.
-JDCL's values are from a third party's notes and unverified, but for 83.69 and 64.47, which a second source has too; ?
-is unknown.
+not in the paper. What is not as in the paper stands beside ours, or below a table if all its rows share it; the paper's
+ACC are with `--replay-loss reversed`. Shortened runs compare with nothing in the paper. frd is not FID: its features
+are another network's. Frd by task is the mean over tasks of the frd of each task's images, its forgetting how much that
+has grown since each task was new. A run that draws fewer than two images of a task is left out of these two. ms are
+means over the last 1000 updates; the paper's are ± standard deviation, of a GeForce 1080 Ti. Parameters are those of
+all networks that a method trains with. JDCL's values are from a third party's notes and unverified, but for 83.69 and
+64.47, which a second source has too; ? is unknown.
 
 """
 METRICS = {  # header and decimals; beside the papers' values ours have as many decimals as they
@@ -456,11 +456,15 @@ def all_tables(runs):
     for title, some in sorted(group(runs, section).items()):
         rows = group(some, lambda r: r.row).values()
         metrics, table = [m for m in METRICS if any(values(same, m) for same in rows)], []
+        notes = group(metrics, lambda m: ", ".join(sorted(shared(some, m))))  # what all rows have in common
+        note = "; ".join(f"{', '.join(METRICS[m][0].strip('↑↓ ').partition(',')[0] for m in those)}: {said}"
+                         for said, those in notes.items() if said)
         for same in rows:
             r, measured = same[0], [cells(same, m, METRICS[m][1], shared(some, m)) for m in metrics]
             typed = re.sub(r" --seed[= ]\S+", "", re.sub(r"\S*/(train_\w+\.py)", r"\1", r.command))
             table.append([[r.title], [f"`{r.name}`"], [f"{r.done} of {r.tasks}"], *measured, [f"`{typed}`"]])
-        yield markdown(title, ["Strategy", "name", "tasks", *(METRICS[m][0] for m in metrics), "command"], table)
+        heads = ["Strategy", "name", "tasks", *(METRICS[m][0] for m in metrics), "command"]
+        yield markdown(title, heads, table) + f"\nAll rows: {note}\n" * bool(note)
 
 
 # ------------------------------ figures
@@ -607,7 +611,7 @@ def sample_figures(runs, device):
     for r in shown:
         if r.method in ("gr", "gd") and r.tasks in pictures[r.base]:
             rows.setdefault(r.title, {})[r.count] = pictures[r.base][r.tasks]
-    heads = {n: f"{n} teacher steps" for n in set().union(*rows.values())}
+    heads = {n: f"{n} teacher step" + "s" * (n > 1) for n in set().union(*rows.values())}
     if len(heads) > 1:
         yield "figure5", grid(title, heads, rows.items())
     heads = {2: "2 DDIM steps", 10: "10 DDIM steps", 100: "100 DDIM steps", T: "1000 DDPM steps"}

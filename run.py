@@ -178,7 +178,7 @@ def run_name(base, departs, scale):
     """`base` and whatever departs from the preset: gd-2, gd-2-lam0.5, gd-2-laptop, finetune-lr0.001-linear-noflip."""
     tags = []
     for key, value in departs.items():
-        key, value = value if isinstance(value, tuple) else (key, value)  # ("epochs", [20.0])
+        key, value = value if key == "length" else (key, value)  # ("epochs", [20.0])
         text = ",".join(map(str, value)) if isinstance(value, list) else str(value).replace("|", "-")
         tag = text if key in ("schedule", "precision", "teacher_solver", "first_step") else key + text
         tags.append({"True": key, "False": f"no{key}"}.get(text, tag))

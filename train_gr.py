@@ -25,12 +25,12 @@ import run
 from ddim import T, alpha_bar, q_sample, reseed, sample
 from unet import NETS, UNet, why_unfit
 
-# Columns of the log. The run stops if the first, the loss, or the last, the gradient's norm, is not finite.
+# Columns of the log. A loss (the first) or gradient's norm (the last) that is not finite stops the run.
 LOG = ("loss", "loss_new", "loss_replay", "gradient_norm")
 
 # -------------------------------------------------------------------------------------------------- arguments
 
-# Defaults of the arguments.
+# Defaults of the arguments. A length has one number for each task; the last one repeats.
 PAPER = dict(class_order="random", length=("epochs", [100]), batch_size=128, lr=2e-4, unet="fashion-mnist",
              image_size=32, flip=False, schedule="zero-snr",
              sample_steps=10,  # of the pictures, and of the evaluation
@@ -39,19 +39,19 @@ PAPER = dict(class_order="random", length=("epochs", [100]), batch_size=128, lr=
 # DEVIATION: on CIFAR-10 the paper evaluates with 20 DDIM steps in Section 4.2.2, with 10 and with 20 in A.5. Here: 20.
 CIFAR = dict(PAPER, length=("epochs", [200]), batch_size=64, unet="cifar10", flip=True, teacher_steps=10,
              sample_steps=20)
-# SMALL and LAPTOP share a small net. Their fewer updates want larger rates. SMALL has 1500 of task 1, which starts from
-# random weights, then 800.
+# SMALL and LAPTOP share a small net. Fewer updates want larger learning rates. SMALL has 1500 updates of task 1, which
+# starts from random weights, and 800 of each other.
 SMALL = dict(PAPER, length=("iterations", [1500, 800]), batch_size=32, lr=5e-4, unet="laptop", image_size=16)
 LAPTOP = dict(SMALL, length=("iterations", [600, 150]), lr=2e-3,
               class_order="0,1|2,7|8,9")  # three tasks; of Fashion-MNIST, garments that differ even at 16x16
 GREY = {"paper": PAPER, "small": SMALL, "laptop": LAPTOP}
 COLOUR = {"paper": CIFAR, "small": dict(SMALL, unet="laptop-rgb", flip=True),
           "laptop": dict(LAPTOP, unet="laptop-rgb", flip=True)}
-# By dataset, then by scale; "paper" is the full size. This of fashion-mnist and cifar10 is the paper's run (Sections
-# 4, A.1), all else is ours. mnist and folders take the presets of fashion-mnist or cifar10, see data.preset.
+# By dataset, then by scale; "paper" is the full size, of fashion-mnist and cifar10 the paper's run (Sections 4, A.1).
+# All else is ours. mnist and folders take those of fashion-mnist (if grey) or cifar10: `like` in data.Info.
 PRESETS = {"fashion-mnist": GREY, "shapes": GREY, "cifar10": COLOUR, "cifar100": COLOUR,
            "imagenet100": COLOUR | {"paper": dict(CIFAR, image_size=64)}}
-# Key: args.source, what is replayed. Value: the first part of the run's name, and the title in tables and figures.
+# Key: args.source, what is replayed; an option below. Value: the first part of the run's name, the title in tables.
 METHODS = {"generated": ("gr", "Generative replay"), "buffer": ("er", "Experience replay"),
            "none": ("finetune", "Finetune"), "all": ("joint", "Joint")}
 
@@ -65,10 +65,10 @@ def get_args(argv=None):
         help="samples of the previous model (GR), kept images (ER), nothing (finetune), all data so far (joint)")
     add("--buffer-size", type=run.positive(int), help="images the buffer holds in total (paper: 10, 100, 1000)")
     add("--teacher-steps", type=run.positive(int, T - 1), help="DDIM steps to a replayed image, each with a call of "
-        "the previous model (paper: 2, CIFAR-10 10)")  # T - 1, as an analytic one may come on top
+        "the previous model (paper: 2, CIFAR-10 10)")  # T - 1: an analytic first step may come on top
     add("--teacher-solver", choices=["ddim", "ipndm"], help="ipndm (improved PNDM): the eps of a step is extrapolated "
         "from the last four calls, so that fewer are needed (paper: ddim)")
-    add("--first-step", choices=["network", "analytic"], help="analytic: adds a first step without a call: at t = 999 "
+    add("--first-step", choices=["network", "analytic"], help="analytic: a step without a call comes first: at t = 999 "
         "all is noise, so eps = x_T, and x_0 is taken as 0, mid-grey (paper: network)")
     length = parser.add_mutually_exclusive_group()  # args.length is ("epochs", [E1, ...]) or ("iterations", [N1, ...])
     length.add_argument("--epochs", type=run.per_task(float, "epochs"), dest="length", metavar="E",
@@ -90,7 +90,7 @@ def get_args(argv=None):
         preset.update(teacher_steps=None, teacher_solver=None, first_step=None)  # so that `complete` refuses them
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
-    # Refuse options that would do nothing. Add args.preset, args.name (of the run's folder) and titles for report.py.
+    # Refuse options whose preset is None. Add args.preset, args.name (of the run's folder), titles, class names.
     run.complete(args, parser, info, preset, METHODS[args.source])
     if bool(args.buffer_size) != (args.source == "buffer") or (args.buffer_size or args.tasks) < args.tasks - 1:
         parser.error(f"--replay buffer goes with a --buffer-size of at least {max(1, args.tasks - 1)}, one a past task")
@@ -106,7 +106,7 @@ def diffuse(x_0, abar):
     """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, each image with its own t from 0 .. T-1 and eps ~ N(0, I).
 
     Returns x_t, t, eps. With torchrun every process draws the same t and eps for the whole batch x_0, and returns its
-    share of the rows, or all if they do not divide evenly. So N processes together compute what one would.
+    share of the rows, or all if they do not divide evenly. So all processes together compute what one would.
     """
     t = torch.randint(T, (len(x_0),), device=x_0.device)
     eps = torch.randn_like(x_0)
@@ -114,21 +114,21 @@ def diffuse(x_0, abar):
 
 
 def draw(args, prev, abar, shape, k, u):
-    """x_r (B, C, H, W) in [-1, 1]: what prev draws for update u of task k; shape is (B, C, H, W)."""
+    """x_r in [-1, 1], of this shape, (B, C, H, W): what prev draws for update u of task k."""
     reseed(args.seed, "replay", k, u)  # a random stream of this name: a resumed run draws the same images
     x_T = torch.randn(shape, device=abar.device)
     x_r = sample(prev, run.share(x_T), abar, args.teacher_steps, first=args.first_step, solver=args.teacher_solver)
     return run.gather(x_r, len(x_T))  # the whole batch again: `diffuse` draws noise for it, and then shares
 
 
-@torch.no_grad()  # a safeguard: nothing here has gradients
+@torch.no_grad()  # as in `sample`, so that prev is compiled once for both
 def replay(args, x_r, x_0, kept, abar):
     """Noisy replayed images x_r_t (N, C, H, W), their times t_r (N,), and what to predict there, (N, C, H, W)."""
     if args.source == "buffer":
         u8 = kept[torch.randperm(len(kept), device=x_0.device)[:len(x_0)]]
         x_r = data.normalize(data.random_mirror(u8, args.flip))
     x_r_t, t_r, eps_r = diffuse(x_r, abar)
-    target_r = eps_r  # GR: the noise that was added
+    target_r = eps_r  # the noise that was added
     return x_r_t, t_r, target_r
 
 
@@ -192,19 +192,19 @@ def main(argv=None):
     folder = run.open_folder(vars(args))  # writes args into config.json; from here on Ctrl-C saves first, then stops
     if args.compile:
         for net in (model, prev):
-            net.compile(fullgraph=True, dynamic=False)  # one whole graph for each batch size; a break is an error
+            net.compile(fullgraph=True, dynamic=False)  # a whole graph for each batch size but an epoch's last
     abar = alpha_bar(args.schedule).to(device)
-    # The further of the newest checkpoint and the newest task<k>.pt, as task k + 1, update 0; or a fresh start.
+    # The newest checkpoint, or task<k>.pt as update 0 of task k + 1, whichever is further; or a fresh start.
     state = run.latest(folder, args.tasks, device) or {
         "task": 1, "update": 0, "model": model.state_dict(), "memory": {}}
     model.load_state_dict(state["model"])
     memory = state["memory"]  # what a method keeps of old tasks beside its model: ER its buffer, GD nothing
-    progress = run.Progress(folder, state, args.updates, LOG, device)
+    progress = run.Progress(folder, state, args.updates, LOG, device)  # metrics.jsonl, cut to `state`
 
     for k in range(state["task"], args.tasks + 1):
         index, end = of_task[k - 1], args.updates[k - 1]
         replaying = k > 1 and args.source in ("generated", "buffer")
-        drawing = k > 1 and args.source == "generated"
+        drawing = replaying and args.source == "generated"
         # DEVIATION: of ER the released code averages new and kept images in one mean; we follow the paper.
         part_new = 1 / k if replaying else 1.0  # weight of the new images in the loss
         kept = torch.cat(memory["buffer"]) if replaying and args.source == "buffer" else None
@@ -218,9 +218,9 @@ def main(argv=None):
             optimizer.load_state_dict(state["optimizer"])
             log.copy_(state["log"])  # the next line of metrics.jsonl is a mean that needs these rows
 
-        progress.begin(k, state["update"])  # the live line; if Ctrl-C was pressed, the run stops here
+        progress.begin(k, state["update"])  # a new live line; after a Ctrl-C outside the updates, stop here
         for u, i in batches(args, index, k, state["update"], end):
-            with autocast, run.eager(len(i) < args.batch_size):  # an epoch's last, smaller batch is not compiled
+            with autocast, run.eager(len(i) < args.batch_size):  # an epoch's last, smaller batch: uncompiled
                 x_r = draw(args, prev, abar, (len(i), *shape), k, u) if drawing else None
                 reseed(args.seed, "noise", k, u)
                 x_0 = data.normalize(data.random_mirror(images[i], args.flip))
@@ -230,14 +230,14 @@ def main(argv=None):
             loss = part_new * loss_new + (1 - part_new) * loss_replay
             optimizer.zero_grad()
             loss.backward()
-            run.average(*(p.grad for p in model.parameters()))  # over torchrun's processes: shares are of one size
+            run.average(*(p.grad for p in model.parameters()))  # over torchrun's processes, with shares of one size
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             log[u] = torch.stack([loss, loss_new, loss_replay, norm]).detach()
             run.average(log[u])
             saving = run.save_due(args.save_every, u + 1)  # it is time, or Ctrl-C was pressed
-            # Waits for the device only to write a record or, before a save, to check that all is finite.
-            progress.step(u + 1, log, model, saving)
+            # Waits for the device only before a record or a save: then all must be finite.
+            progress.step(u + 1, log, model, check=saving)
             if saving:
                 run.save_checkpoint(folder, {
                     "task": k, "update": u + 1, "model": model.state_dict(), "memory": memory, "log": log,
@@ -245,7 +245,7 @@ def main(argv=None):
 
         reseed("grid")  # the same 64 noises in every run and, drawn on the CPU, on every device
         with autocast, run.eager():  # 64 images are not worth compiling for
-            x_0 = sample(model, torch.randn(64, *shape).to(device), abar, args.sample_steps)  # in eval mode meanwhile
+            x_0 = sample(model, torch.randn(64, *shape).to(device), abar, args.sample_steps)  # in eval mode, then back
         run.save_picture(folder / "samples" / f"task{k}.png", data.quantize(x_0), columns=8)
         if args.source == "buffer":
             memory["buffer"] = keep(args, memory.get("buffer", []), images[index], k)

@@ -104,6 +104,8 @@ def test_bad_arguments_end_with_a_sentence_and_code_2(script, main, tmp_path, co
 
 def test_a_run_name_is_a_single_folder_whatever_the_method_is_called():
     assert run.run_name("my/../own method-2", {"lam": 0.5}, "small") == "my_.._own_method-2-lam0.5-small"
+    for length in ("epochs", [6.0, 2.0]), ["epochs", [6.0, 2.0]]:  # as parsed, and as config.json has it
+        assert run.run_name("gd-2", {"length": length}, "paper") == "gd-2-epochs6.0_2.0"
 
 
 @pytest.mark.parametrize("name", [*(f"train_{method}" for method in ("gr", "gd", "ewc", "jdcl", "classifier")),

@@ -313,7 +313,7 @@ def test_ms_are_of_the_last_thousand_updates():
 # ------------------------------------------------------------------------- what may not be averaged or compared
 
 def test_shortened_runs_stand_apart(tmp_path):
-    make(tmp_path, "gd-2", fid=20, scale="tiny", tasks=3)                           # a scale never heard of
+    make(tmp_path, "gd-2", fid=20, scale="tiny", tasks=3, n=50)                     # a scale never heard of
     make(tmp_path, "gd-2", fid=21, departs={"length": ("iterations", [50])}, per_task=50)
     make(tmp_path, "gd-2", fid=22, done=3)                                          # not finished
     make(tmp_path, "gr-2", fid=23, updates=[100, 100, 100, 100, 99])                # under the preset's name
@@ -325,6 +325,7 @@ def test_shortened_runs_stand_apart(tmp_path):
     assert "Complete" not in text
     tiny = "Shortened: Fashion-MNIST, tiny scale, 16x16, 3 tasks"
     assert column(text, tiny, "↓ FID", TITLES["gd"]) == ["20.0 (1)"]
+    assert "All rows: FID: n 50; frd, KLD, old classes: labeller 0123456789ab, n 50" in text, "what needs no cell"
     assert column(text, SHORTENED, "old classes, %", TITLES["gd"], "`gd-2`", "3 of 5") == ["25.0 (1)"]
     assert column(text, SHORTENED, "↓ FID", TITLES["gd"], "`gd-2-iterations50`", "5 of 5") == ["21.0 (1)"]
     assert column(text, SHORTENED, "↓ FID", "Joint") == ["24.0 (1)"]
