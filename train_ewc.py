@@ -69,7 +69,7 @@ def get_args(argv=None):
     add("--dataset", default="fashion-mnist", type=data.dataset_name, metavar="NAME|FOLDER",
         help=f"{', '.join(data.DATASETS)} or a folder of class folders (default: fashion-mnist)")
     add("--ewc", type=run.positive(float, zero=True), default=15000.0, help="weight of the penalty (Wang: 15000)")
-    add("--direction", default="mean", choices=list(METHODS), dest="source", help="u: of the mean gradient, or random")
+    add("--direction", default="mean", choices=list(METHODS), dest="source", help="u: the mean gradient, or random")
     add("--ewc-images", type=run.positive(int), default=10000, help="images of a task for mu (Wang: 10000)")
     add("--fisher-images", type=run.positive(int), default=500, help="other images for c, at most half of the task's")
     add("--lambda", dest="lam", type=run.positive(float), default=0.75, help="lam in the loss (GD: 0.75)")
@@ -162,8 +162,8 @@ def consolidate(args, model, u8, abar, autocast, k):
     """{"direction": u (P,), "c", "at": u . theta_k, "explained"} of task k, whose images are u8.
 
     The gradients of c are of one image each, as a mean of several has a smaller square, and of images that mu has not
-    seen, whose noise u fits. E[(u . g)^2] / E[|g|^2] is what u explains of the squared gradients: with a random u on
-    average 1 / P.
+    seen, whose noise u fits. E[(u . g)^2] / E[|g|^2] is what u explains of the squared gradients. A random u explains
+    1 / P on average. It gets the c of the mean gradient all the same, so that it holds the weights back as strongly.
     """
     # DEVIATION: Wang et al.'s GD weighs new images and distillation alike, knows class labels, and replays from a pool;
     # here it is that of train_gd.py. Its c is of the very images of mu; here of others, and fewer.
@@ -172,15 +172,16 @@ def consolidate(args, model, u8, abar, autocast, k):
     n = min(args.fisher_images, len(u8) // 2)
     mu = sum(len(part) * gradient(args, model, part, abar, autocast)
              for part in u8[n:][:args.ewc_images].split(args.batch_size))
-    direction = mu if args.source == "mean" else torch.randn_like(mu)
-    direction = direction / direction.norm()
-    c, whole = torch.zeros((), device=mu.device), torch.zeros((), device=mu.device)
+    mean = mu / mu.norm()
+    direction = mean if args.source == "mean" else F.normalize(torch.randn_like(mu), dim=0)
+    c, along, whole = torch.zeros(3, device=mu.device)  # E[(mean . g)^2], E[(u . g)^2], E[|g|^2]
     for image in u8[:n].split(1):
         g = gradient(args, model, image, abar, autocast)
-        c, whole = c + direction.dot(g).square() / n, whole + g.dot(g) / n
-    print(f"task {k}: its direction explains {float(c / whole):.2g} of the squared gradients", flush=True)
+        c, along = c + mean.dot(g).square() / n, along + direction.dot(g).square() / n
+        whole = whole + g.dot(g) / n
+    print(f"task {k}: its direction explains {float(along / whole):.2g} of the squared gradients", flush=True)
     at = direction.dot(parameters_to_vector(model.parameters()).detach())
-    return {"direction": direction, "c": c, "at": at, "explained": c / whole}
+    return {"direction": direction, "c": c, "at": at, "explained": along / whole}
 
 
 # ------------------------------------------------------------------------------------------------------ train
