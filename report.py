@@ -20,6 +20,7 @@ import contextlib
 import importlib
 import itertools
 import json
+import math
 import operator
 import platform
 import re
@@ -150,6 +151,7 @@ COLOURS = {"joint": "black", "finetune": "0.6", "er": "tab:olive", "gr": "tab:re
 STYLES = "o-", "s--", "^:", "D-.", "v-.", "P--"  # of curves in the same colour
 SPARE = "tab:orange tab:brown tab:pink tab:cyan gold navy lime teal salmon orchid".split()
 TEACHER = "teacher_solver", "first_step"  # flags that say how a teacher draws
+WEIGHTS = "lam", "ewc"  # flags of which one figure shows all values
 UNSAID = dict(precision="fp32", clip=True, sample_steps=None, teacher_steps=None, buffer_size=None, preset={},
               parameters=None, script="")  # what not every run says
 NEEDED = "dataset_name seed image_size command class_names".split()  # without these a run is left out
@@ -277,6 +279,7 @@ def read(path):
     row             sorts the tables; runs with the same row are averaged
     label, usual    what figures call it, and whether the main ones show it
     count, variant  teacher steps or buffer size, and how else its teacher draws, ", analytic" or ", ipndm"
+    weighs          which of WEIGHTS are not the preset's, "", "lam" or "ewc"
     curve, logits   of a model that classifies (JDCL): {update: accuracy of task 1's images}, and the histogram of the
                     largest logits of "real" and "replayed" images
     """
@@ -297,6 +300,7 @@ def read(path):
     steps, images, known = r.teacher_steps, r.buffer_size, [*COLOURS, r.method]
     r.count, r.usual = int(steps or images or 0), steps == r.preset.get("teacher_steps", steps)
     r.style = STYLES[{10: 1, 100: 2, 1000: 3, 1: 4, 5: 5}.get(r.count, 0)]
+    r.weighs = " ".join(key for key in WEIGHTS if key in r.departs)
     r.variant = "".join(f", {r.departs[key]}" for key in TEACHER if key in r.departs)
     r.label = r.title + (f", {steps} step" + "s" * (steps > 1) if steps else f", {images} images" if images else "")
     r.row = known.index(r.method), r.method, r.count, len(r.departs), r.name, r.done, sum(r.updates[:r.done]), r.script
@@ -542,13 +546,13 @@ def usual(figure, runs):
 
 
 def curve_figures(runs):
-    """(name, figure): quality over tasks, over lambda and over the teacher's calls, and error by noise.
+    """(name, figure): quality over tasks, over lambda, EWC's weight and the teacher's calls, and error by noise.
 
     Each shows the values whose conditions are the commonest.
     """
     measured = [(metric, conditions) for r in runs for metric, _, conditions in r.values]
     quality, last = max("fid", "frd", key=[metric for metric, _ in measured].count), runs[0].tasks
-    plain = [r for r in runs if "lam" not in r.departs and not r.variant]
+    plain = [r for r in runs if not r.weighs and not r.variant]
 
     def pick(runs, metric, task):
         commonest = statistics.mode([conditions for name, conditions in measured if name == metric] or [()])
@@ -572,13 +576,25 @@ def curve_figures(runs):
     yield "denoise", plot(panels, "mean |eps - model(x_t, t)|² on test images of task 1")
 
     panels = []
-    for same in bases([r for r in runs if not r.variant]):
-        if any("lam" in r.departs for r in same):
+    for same in bases([r for r in runs if not r.variant and r.weighs in ("", "lam")]):
+        if any(r.weighs for r in same):
             points = {lam: pick(some, quality, last) for lam, some in group(same, lambda r: r.lam).items()}
             panels.append(("λ", METRICS[quality][0], [(same[0], points)]))
     yield "lambda", plot(panels)
 
-    teachers, curves = [r for r in runs if r.teacher_steps and "lam" not in r.departs], []
+    swept = [r for r in runs if vars(r).get("ewc") and not r.variant and r.weighs in ("", "ewc")]
+    beside = [r for r in plain if r.method == "gd" and r.usual]
+    panels = []
+    for metric in quality, "afrd", "frd_forgetting":
+        curves = [(same[0], {math.log10(weight): pick(some, metric, last) for weight, some in
+                             group(same, lambda r: r.ewc).items()}) for same in bases(swept)]
+        weights = {x for _, points in curves for x in points}
+        curves += [(same[0], dict.fromkeys(weights, pick(same, metric, last))) for same in bases(beside)]
+        panels.append(("log10 of --ewc", METRICS[metric][0], curves))
+    if any(r.weighs for r in swept):
+        yield "ewc", plot(panels)
+
+    teachers, curves = [r for r in runs if r.teacher_steps and not r.weighs], []
     variants = sorted({r.variant for r in teachers})
     for (title, variant), same in group(teachers, lambda r: (r.title, r.variant)).items():
         look = SimpleNamespace(label=title + variant, colour=same[0].colour, style=STYLES[variants.index(variant)])
@@ -590,7 +606,7 @@ def curve_figures(runs):
 
 def sample_figures(runs, device):
     """(name, figure): samples of one seed, the one that most runs have."""
-    there = [r for r in runs if r.folder and "lam" not in r.departs and not r.variant and any(r.folder.rglob("task*"))]
+    there = [r for r in runs if r.folder and not r.weighs and not r.variant and any(r.folder.rglob("task*"))]
     if not there:
         return
     seed = statistics.mode(sorted(r.seed for r in there))
@@ -650,7 +666,7 @@ def figures(runs, out, device):
             same = {key: key == "labels" or r.departs[key] for key in ("tasks", "class_order", "labels")
                     if key in r.departs}
         else:  # one figure shows all lambdas and teachers
-            same = {key: value for key, value in r.departs.items() if key not in ("lam", *TEACHER)}
+            same = {key: value for key, value in r.departs.items() if key not in WEIGHTS + TEACHER}
         return r.dataset_name, run.run_name("", same, r.scale), bool(r.curve)
 
     made = []

@@ -558,6 +558,23 @@ def test_quality_over_lambda_and_over_tasks(tmp_path):
     np.testing.assert_allclose(line.get_xydata(), [(1, 50), (2, 50), (3, 50), (4, 50), (5, 155.5)])
 
 
+def test_quality_over_the_weight_of_ewc(tmp_path):
+    """A curve for each direction, beside that of GD; runs with another weight get into no other figure."""
+    for s, (base, frd) in itertools.product((42, 69), (("ewc-2", 100.0), ("ewc-random-2", 10.0))):
+        for weight, departs in (15000.0, {}), (150.0, {"ewc": 150.0}):
+            make(tmp_path, base, s, frd=frd + weight + s, departs=departs, ewc=weight, method=base[:-2])
+    make(tmp_path, "gd-2", frd=77.0)
+    drawn = dict(report.curve_figures(report.find([tmp_path])))
+    assert list(drawn) == ["figure4", "figureB2", "denoise", "lambda", "ewc"] and drawn["lambda"] is None
+    gd, *curves = [bars[0].get_xydata() for bars in drawn["ewc"].axes[0].containers[::-1]]
+    xs = [np.log10(150), np.log10(15000)]
+    np.testing.assert_allclose(gd, [(x, 77) for x in xs])
+    np.testing.assert_allclose(sorted(curve[0, 1] for curve in curves), [150 + 65.5, 150 + 155.5])
+    for curve in curves:
+        np.testing.assert_allclose(curve[:, 0], xs)
+        assert curve[1, 1] - curve[0, 1] == pytest.approx(15000 - 150)
+
+
 def test_quality_over_the_calls_of_the_teacher(tmp_path):
     """One curve for each method and what departs in its teacher; such runs get into no other figure."""
     for s, (n, frd, departs) in itertools.product((42, 69), (
