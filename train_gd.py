@@ -1,8 +1,8 @@
 """Generative distillation of a diffusion model, and its variants on current images and on Gaussian noise.
 
 A diffusion model learns a sequence of tasks, two new classes at a time, without keeping old images. Before task k the
-model is copied and frozen: prev. For every update prev draws, with a few DDIM steps, as many images as there are new
-ones in the batch. The model learns to denoise the new images, and to predict on the drawn ones, noised, what prev does.
+model is copied and frozen: prev. For every update prev draws, with a few DDIM steps, as many images as the batch has
+new ones. The model learns to denoise the new images. Of the drawn ones, with noise added, it learns what prev predicts.
 
     L = 1/k |eps - model(x_t, t)|^2 + (1 - 1/k) lam |prev(x_r_t, t_r) - model(x_r_t, t_r)|^2
     x_r = DDIM(prev), x_r_t = sqrt(abar[t_r]) x_r + sqrt(1 - abar[t_r]) eps_r
@@ -25,7 +25,7 @@ import run
 from ddim import T, alpha_bar, q_sample, reseed, sample
 from unet import NETS, UNet, why_unfit
 
-# Columns of the log. A loss (the first) or gradient's norm (the last) that is not finite stops the run.
+# Columns of the log. The run stops if the first, the loss, or the last, the gradient's norm, is not finite.
 LOG = ("loss", "loss_new", "loss_replay", "gradient_norm")
 
 # -------------------------------------------------------------------------------------------------- arguments
@@ -39,16 +39,16 @@ PAPER = dict(class_order="random", length=("epochs", [100]), batch_size=128, lr=
 # DEVIATION: on CIFAR-10 the paper evaluates with 20 DDIM steps in Section 4.2.2, with 10 and with 20 in A.5. Here: 20.
 CIFAR = dict(PAPER, length=("epochs", [200]), batch_size=64, unet="cifar10", flip=True, teacher_steps=10,
              sample_steps=20)
-# SMALL and LAPTOP share a small net. Fewer updates want larger learning rates. SMALL has 1500 updates of task 1, which
-# starts from random weights, and 800 of each other.
+# SMALL and LAPTOP share a small net. As they have fewer updates, their learning rates are larger. SMALL makes 1500
+# updates in task 1, which starts from random weights, and 800 in each later one.
 SMALL = dict(PAPER, length=("iterations", [1500, 800]), batch_size=32, lr=5e-4, unet="laptop", image_size=16)
 LAPTOP = dict(SMALL, length=("iterations", [600, 150]), lr=2e-3,
-              class_order="0,1|2,7|8,9")  # three tasks; of Fashion-MNIST, garments that differ even at 16x16
+              class_order="0,1|2,7|8,9")  # three tasks, chosen for Fashion-MNIST: these differ even at 16x16
 GREY = {"paper": PAPER, "small": SMALL, "laptop": LAPTOP}
 COLOUR = {"paper": CIFAR, "small": dict(SMALL, unet="laptop-rgb", flip=True),
           "laptop": dict(LAPTOP, unet="laptop-rgb", flip=True)}
-# By dataset, then by scale; "paper" is the full size, of fashion-mnist and cifar10 the paper's run (Sections 4, A.1).
-# All else is ours. mnist and folders take those of fashion-mnist (if grey) or cifar10: `like` in data.Info.
+# By dataset, then by scale. "paper" is the full size: for fashion-mnist and cifar10 the paper's run (Sections 4, A.1).
+# All others are ours. mnist and folders of grey images take those of fashion-mnist, colour folders those of cifar10.
 PRESETS = {"fashion-mnist": GREY, "shapes": GREY, "cifar10": COLOUR, "cifar100": COLOUR,
            "imagenet100": COLOUR | {"paper": dict(CIFAR, image_size=64)}}
 # Key: args.source, what is replayed; an option below. Value: the first part of the run's name, the title in tables.
@@ -65,11 +65,11 @@ def get_args(argv=None):
         help="distil on images that the previous model draws (GD), on current images (as LwF does), or on pure noise")
     add("--lambda", dest="lam", type=run.positive(float), help="lam in the loss (paper: GD 0.75, LwF 1.25, noise 8)")
     add("--teacher-steps", type=run.positive(int, T - 1), help="DDIM steps to a replayed image, each with a call of "
-        "the previous model (paper: 2, CIFAR-10 10)")  # T - 1: an analytic first step may come on top
+        "the previous model (paper: 2, CIFAR-10 10)")  # T - 1, as an analytic first step may add one
     add("--teacher-solver", choices=["ddim", "ipndm"], help="ipndm (improved PNDM): the eps of a step is extrapolated "
         "from the last four calls, so that fewer are needed (paper: ddim)")
-    add("--first-step", choices=["network", "analytic"], help="analytic: a step without a call comes first: at t = 999 "
-        "all is noise, so eps = x_T, and x_0 is taken as 0, mid-grey (paper: network)")
+    add("--first-step", choices=["network", "analytic"], help="analytic: a step without a call comes first, so that "
+        "no call is at t = 999, where all is noise: eps = x_T, and x_0 is taken as 0, mid-grey (paper: network)")
     length = parser.add_mutually_exclusive_group()  # args.length is ("epochs", [E1, ...]) or ("iterations", [N1, ...])
     length.add_argument("--epochs", type=run.per_task(float, "epochs"), dest="length", metavar="E",
                         help="passes over the images of a task: E, or E1,E2,... (paper: 100; CIFAR-10: 200)")
@@ -80,7 +80,7 @@ def get_args(argv=None):
     add("--unet", choices=list(NETS), help="network (default: by --dataset and --scale)")
     add("--init", metavar="PATH", help="start from these weights: a task<k>.pt, or diffusers' UNet2DModel .bin")
     add("--schedule", choices=["zero-snr", "linear"], help="linear: DDPM's; zero-snr: the same, rescaled so that "
-        "x_999 is noise alone (default, as in the released runs)")
+        "x_999 is noise alone (default, as in the released runs)")  # abar_999 = 0: `denoise` in ddim.py adds 1e-8
     run.add_arguments(parser)  # those of every train script: --scale, --seed, --compile, ...
 
     # A first parse finds the preset. Its values become the parser's defaults, so that the command line wins.
@@ -91,7 +91,7 @@ def get_args(argv=None):
         preset.update(teacher_steps=None, teacher_solver=None, first_step=None)  # so that `complete` refuses them
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
-    # Refuse options whose preset is None. Add args.preset, args.name (of the run's folder), titles, class names.
+    # Refuse options that were given though their preset is None. Add args.name (of the run's folder), args.preset, ...
     run.complete(args, parser, info, preset, METHODS[args.source])
     if why := why_unfit(args.unet, info.channels, args.image_size):
         parser.error(why)
@@ -104,8 +104,8 @@ def get_args(argv=None):
 def diffuse(x_0, abar):
     """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, each image with its own t from 0 .. T-1 and eps ~ N(0, I).
 
-    Returns x_t, t, eps. With torchrun every process draws the same t and eps for the whole batch x_0, and returns its
-    share of the rows, or all if they do not divide evenly. So all processes together compute what one would.
+    Returns x_t, t, eps. With torchrun every process draws the same t and eps for the whole batch x_0, but returns only
+    its share of the rows (all, if they do not divide evenly). So all processes together compute what one would.
     """
     t = torch.randint(T, (len(x_0),), device=x_0.device)
     eps = torch.randn_like(x_0)
@@ -117,17 +117,17 @@ def draw(args, prev, abar, shape, k, u):
     reseed(args.seed, "replay", k, u)  # a random stream of this name: a resumed run draws the same images
     x_T = torch.randn(shape, device=abar.device)
     x_r = sample(prev, run.share(x_T), abar, args.teacher_steps, first=args.first_step, solver=args.teacher_solver)
-    return run.gather(x_r, len(x_T))  # the whole batch again: `diffuse` draws noise for it, and then shares
+    return run.gather(x_r, len(x_T))  # the whole batch: `diffuse` draws its noise, and then shares
 
 
-@torch.no_grad()  # as in `sample`, so that prev is compiled once for both
+@torch.no_grad()  # no gradients of prev, as in `sample`: else prev would be compiled twice
 def replay(args, prev, x_r, x_0, x_t, t, abar):
     """Noisy replayed images x_r_t (N, C, H, W), their times t_r (N,), and what to predict there, (N, C, H, W)."""
     if args.source == "generated":
         x_r_t, t_r, _ = diffuse(x_r, abar)
     elif args.source == "current":
         x_r_t, t_r = x_t, t  # the very same tensors: see `losses`
-    else:  # pure noise, whatever t_r
+    else:  # pure noise, of x_0's shape, whatever t_r
         x_r_t, t_r = run.share(torch.randn_like(x_0)), run.share(torch.randint(T, (len(x_0),), device=x_0.device))
     target_r = prev(x_r_t, t_r)  # what the previous model predicts there
     return x_r_t, t_r, target_r
@@ -141,7 +141,7 @@ def losses(model, x_t, t, eps, replayed):
     if replayed is None:  # as in task 1
         return F.mse_loss(model(x_t, t), eps), eps.new_zeros(())  # a tensor, for the log
     x_r_t, t_r, target_r = replayed
-    pred = model(x_t, t) if x_r_t is x_t else model(torch.cat([x_t, x_r_t]), torch.cat([t, t_r]))  # "current": once
+    pred = model(x_t, t) if x_r_t is x_t else model(torch.cat([x_t, x_r_t]), torch.cat([t, t_r]))  # one forward
     return F.mse_loss(pred[:len(eps)], eps), F.mse_loss(pred[-len(target_r):], target_r)  # new ones first
 
 
@@ -169,8 +169,8 @@ def main(argv=None):
     images, labels = (x.to(device) for x in data.load_images(args.dataset, "train", args.data_dir, args.image_size))
     of_task = data.indices(labels, args.class_tasks)  # for each task the indices of its images
     shape = images.shape[1:]  # (C, H, W)
+    # The updates of each task. report.py finds them in config.json: with fewer than the preset's a run is shortened.
     args.updates = run.count_updates(args.length, args.batch_size, of_task)
-    # report.py calls a run shortened if it has fewer updates than these.
     args.preset_updates = run.count_updates(args.preset["length"], args.preset["batch_size"], of_task)
 
     # The networks, the run folder, and where the run stands.
@@ -184,14 +184,14 @@ def main(argv=None):
     folder = run.open_folder(vars(args))  # writes args into config.json; from here on Ctrl-C saves first, then stops
     if args.compile:
         for net in (model, prev):
-            net.compile(fullgraph=True, dynamic=False)  # a whole graph for each batch size but an epoch's last
+            net.compile(fullgraph=True, dynamic=False)  # a graph of the whole net for each batch size
     abar = alpha_bar(args.schedule).to(device)
     # The newest checkpoint, or task<k>.pt as update 0 of task k + 1, whichever is further; or a fresh start.
     state = run.latest(folder, args.tasks, device) or {
         "task": 1, "update": 0, "model": model.state_dict(), "memory": {}}
     model.load_state_dict(state["model"])
-    memory = state["memory"]  # what a method keeps of old tasks beside its model: ER its buffer, GD nothing
-    progress = run.Progress(folder, state, args.updates, LOG, device)  # metrics.jsonl, cut to `state`
+    memory = state["memory"]  # what a method keeps of old tasks beside its model (ER: its buffer)
+    progress = run.Progress(folder, state, args.updates, LOG, device)  # drops the lines of metrics.jsonl after `state`
 
     for k in range(state["task"], args.tasks + 1):
         index, end = of_task[k - 1], args.updates[k - 1]
@@ -208,7 +208,7 @@ def main(argv=None):
             optimizer.load_state_dict(state["optimizer"])
             log.copy_(state["log"])  # the next line of metrics.jsonl is a mean that needs these rows
 
-        progress.begin(k, state["update"])  # a new live line; after a Ctrl-C outside the updates, stop here
+        progress.begin(k, state["update"])  # a new live line; stop here if Ctrl-C was pressed between tasks
         for u, i in batches(args, index, k, state["update"], end):
             with autocast, run.eager(len(i) < args.batch_size):  # an epoch's last, smaller batch: uncompiled
                 x_r = draw(args, prev, abar, (len(i), *shape), k, u) if drawing else None
@@ -220,18 +220,18 @@ def main(argv=None):
             loss = part_new * loss_new + (1 - part_new) * args.lam * loss_replay
             optimizer.zero_grad()
             loss.backward()
-            run.average(*(p.grad for p in model.parameters()))  # over torchrun's processes, with shares of one size
+            run.average(*(p.grad for p in model.parameters()))  # over torchrun's processes, with equal shares
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             log[u] = torch.stack([loss, loss_new, loss_replay, norm]).detach()
             run.average(log[u])
             saving = run.save_due(args.save_every, u + 1)  # it is time, or Ctrl-C was pressed
-            # Waits for the device only before a record or a save: then all must be finite.
+            # Before a record or a save it waits for the device, and stops the run if log or weights are not finite.
             progress.step(u + 1, log, model, check=saving)
             if saving:
                 run.save_checkpoint(folder, {
                     "task": k, "update": u + 1, "model": model.state_dict(), "memory": memory, "log": log,
-                    "prev": prev.state_dict(), "optimizer": optimizer.state_dict()})
+                    "prev": prev.state_dict(), "optimizer": optimizer.state_dict()})  # this file is enough
 
         reseed("grid")  # the same 64 noises in every run and, drawn on the CPU, on every device
         with autocast, run.eager():  # 64 images are not worth compiling for
