@@ -2,7 +2,7 @@
 
 A diffusion model learns a sequence of tasks, two new classes at a time, without keeping old images. Before task k the
 model is copied and frozen: prev. For every update prev draws, with a few DDIM steps, as many images as the batch has
-new ones. The model learns to denoise the new images. Of the drawn ones, with noise added, it learns what prev predicts.
+new ones. The model learns to denoise new images and, on the drawn ones with noise added, to predict what prev predicts.
 
     L = 1/k |eps - model(x_t, t)|^2 + (1 - 1/k) lam |prev(x_r_t, t_r) - model(x_r_t, t_r)|^2
     x_r = DDIM(prev), x_r_t = sqrt(abar[t_r]) x_r + sqrt(1 - abar[t_r]) eps_r
@@ -30,7 +30,7 @@ LOG = ("loss", "loss_new", "loss_replay", "gradient_norm")
 
 # -------------------------------------------------------------------------------------------------- arguments
 
-# Defaults of the arguments. A length has one number for each task; the last one repeats.
+# Defaults of the arguments. A length is one number for each task; later tasks take the last one.
 PAPER = dict(class_order="random", length=("epochs", [100]), batch_size=128, lr=2e-4, unet="fashion-mnist",
              image_size=32, flip=False, schedule="zero-snr",
              sample_steps=10,  # of the pictures, and of the evaluation
@@ -43,15 +43,15 @@ CIFAR = dict(PAPER, length=("epochs", [200]), batch_size=64, unet="cifar10", fli
 # updates in task 1, which starts from random weights, and 800 in each later one.
 SMALL = dict(PAPER, length=("iterations", [1500, 800]), batch_size=32, lr=5e-4, unet="laptop", image_size=16)
 LAPTOP = dict(SMALL, length=("iterations", [600, 150]), lr=2e-3,
-              class_order="0,1|2,7|8,9")  # three tasks, chosen for Fashion-MNIST: these differ even at 16x16
+              class_order="0,1|2,7|8,9")  # three tasks: garments of Fashion-MNIST that differ even at 16x16
 GREY = {"paper": PAPER, "small": SMALL, "laptop": LAPTOP}
 COLOUR = {"paper": CIFAR, "small": dict(SMALL, unet="laptop-rgb", flip=True),
           "laptop": dict(LAPTOP, unet="laptop-rgb", flip=True)}
 # By dataset, then by scale. "paper" is the full size: for fashion-mnist and cifar10 the paper's run (Sections 4, A.1).
-# All others are ours. mnist and folders of grey images take those of fashion-mnist, colour folders those of cifar10.
+# All other presets are ours. mnist and grey folders take those of fashion-mnist, colour folders those of cifar10.
 PRESETS = {"fashion-mnist": GREY, "shapes": GREY, "cifar10": COLOUR, "cifar100": COLOUR,
            "imagenet100": COLOUR | {"paper": dict(CIFAR, image_size=64)}}
-# Key: args.source, what is replayed; an option below. Value: the first part of the run's name, the title in tables.
+# Key: args.source, what is replayed, an option below. Value: the first part of the run's name, the title in tables.
 METHODS = {"generated": ("gd", "Generative distillation"), "current": ("lwf", "Distil. w/ current data"),
            "noise": ("noise", "Distil. w/ Gaussian noise")}
 
@@ -65,11 +65,11 @@ def get_args(argv=None):
         help="distil on images that the previous model draws (GD), on current images (as LwF does), or on pure noise")
     add("--lambda", dest="lam", type=run.positive(float), help="lam in the loss (paper: GD 0.75, LwF 1.25, noise 8)")
     add("--teacher-steps", type=run.positive(int, T - 1), help="DDIM steps to a replayed image, each with a call of "
-        "the previous model (paper: 2, CIFAR-10 10)")  # T - 1, as an analytic first step may add one
+        "the previous model (paper: 2, CIFAR-10 10)")  # T - 1, as --first-step may add one
     add("--teacher-solver", choices=["ddim", "ipndm"], help="ipndm (improved PNDM): the eps of a step is extrapolated "
         "from the last four calls, so that fewer are needed (paper: ddim)")
-    add("--first-step", choices=["network", "analytic"], help="analytic: a step without a call comes first, so that "
-        "no call is at t = 999, where all is noise: eps = x_T, and x_0 is taken as 0, mid-grey (paper: network)")
+    add("--first-step", choices=["network", "analytic"], help="analytic: one more step, before the others and "
+        "without a call; as x_999 is noise alone, it takes eps = x_T and x_0 = 0, mid-grey (paper: network)")
     length = parser.add_mutually_exclusive_group()  # args.length is ("epochs", [E1, ...]) or ("iterations", [N1, ...])
     length.add_argument("--epochs", type=run.per_task(float, "epochs"), dest="length", metavar="E",
                         help="passes over the images of a task: E, or E1,E2,... (paper: 100; CIFAR-10: 200)")
@@ -80,7 +80,7 @@ def get_args(argv=None):
     add("--unet", choices=list(NETS), help="network (default: by --dataset and --scale)")
     add("--init", metavar="PATH", help="start from these weights: a task<k>.pt, or diffusers' UNet2DModel .bin")
     add("--schedule", choices=["zero-snr", "linear"], help="linear: DDPM's; zero-snr: the same, rescaled so that "
-        "x_999 is noise alone (default, as in the released runs)")  # abar_999 = 0: `denoise` in ddim.py adds 1e-8
+        "x_999 is noise alone (default, as in the released runs)")
     run.add_arguments(parser)  # those of every train script: --scale, --seed, --compile, ...
 
     # A first parse finds the preset. Its values become the parser's defaults, so that the command line wins.
@@ -88,10 +88,10 @@ def get_args(argv=None):
     info, preset = data.preset(PRESETS, first)  # info: classes, channels; preset: defaults and how many tasks
     preset["lam"] = {"generated": 0.75, "current": 1.25, "noise": 8.0}[first.source]
     if first.source != "generated":
-        preset.update(teacher_steps=None, teacher_solver=None, first_step=None)  # so that `complete` refuses them
+        preset.update(teacher_steps=None, teacher_solver=None, first_step=None)  # prev draws nothing: refused below
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
-    # Refuse options that were given though their preset is None. Add args.name (of the run's folder), args.preset, ...
+    # Refuse an option on the command line if its preset is None. Add args.name (of the run's folder), args.preset, ...
     run.complete(args, parser, info, preset, METHODS[args.source])
     if why := why_unfit(args.unet, info.channels, args.image_size):
         parser.error(why)
@@ -104,8 +104,8 @@ def get_args(argv=None):
 def diffuse(x_0, abar):
     """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, each image with its own t from 0 .. T-1 and eps ~ N(0, I).
 
-    Returns x_t, t, eps. With torchrun every process draws the same t and eps for the whole batch x_0, but returns only
-    its share of the rows (all, if they do not divide evenly). So all processes together compute what one would.
+    Returns x_t, t, eps. With torchrun every process draws t and eps for the whole batch x_0, the same ones, and returns
+    its share of the rows (all, if they do not divide evenly). So the mean of their gradients is that of one process.
     """
     t = torch.randint(T, (len(x_0),), device=x_0.device)
     eps = torch.randn_like(x_0)
@@ -117,17 +117,17 @@ def draw(args, prev, abar, shape, k, u):
     reseed(args.seed, "replay", k, u)  # a random stream of this name: a resumed run draws the same images
     x_T = torch.randn(shape, device=abar.device)
     x_r = sample(prev, run.share(x_T), abar, args.teacher_steps, first=args.first_step, solver=args.teacher_solver)
-    return run.gather(x_r, len(x_T))  # the whole batch: `diffuse` draws its noise, and then shares
+    return run.gather(x_r, len(x_T))  # the whole batch: `diffuse` draws noise for it, then shares again
 
 
-@torch.no_grad()  # no gradients of prev, as in `sample`: else prev would be compiled twice
+@torch.no_grad()  # `sample` calls prev so too; with gradients here, prev would be compiled twice
 def replay(args, prev, x_r, x_0, x_t, t, abar):
     """Noisy replayed images x_r_t (N, C, H, W), their times t_r (N,), and what to predict there, (N, C, H, W)."""
     if args.source == "generated":
         x_r_t, t_r, _ = diffuse(x_r, abar)
     elif args.source == "current":
-        x_r_t, t_r = x_t, t  # the very same tensors: see `losses`
-    else:  # pure noise, of x_0's shape, whatever t_r
+        x_r_t, t_r = x_t, t  # the same tensors, so that `losses` calls the model on them once
+    else:  # pure noise of x_0's shape, at every t_r
         x_r_t, t_r = run.share(torch.randn_like(x_0)), run.share(torch.randint(T, (len(x_0),), device=x_0.device))
     target_r = prev(x_r_t, t_r)  # what the previous model predicts there
     return x_r_t, t_r, target_r
@@ -141,7 +141,7 @@ def losses(model, x_t, t, eps, replayed):
     if replayed is None:  # as in task 1
         return F.mse_loss(model(x_t, t), eps), eps.new_zeros(())  # a tensor, for the log
     x_r_t, t_r, target_r = replayed
-    pred = model(x_t, t) if x_r_t is x_t else model(torch.cat([x_t, x_r_t]), torch.cat([t, t_r]))  # one forward
+    pred = model(x_t, t) if x_r_t is x_t else model(torch.cat([x_t, x_r_t]), torch.cat([t, t_r]))  # one call
     return F.mse_loss(pred[:len(eps)], eps), F.mse_loss(pred[-len(target_r):], target_r)  # new ones first
 
 
@@ -169,7 +169,7 @@ def main(argv=None):
     images, labels = (x.to(device) for x in data.load_images(args.dataset, "train", args.data_dir, args.image_size))
     of_task = data.indices(labels, args.class_tasks)  # for each task the indices of its images
     shape = images.shape[1:]  # (C, H, W)
-    # The updates of each task. report.py finds them in config.json: with fewer than the preset's a run is shortened.
+    # Updates of each task, for config.json. report.py calls a run shortened if it has fewer than its preset.
     args.updates = run.count_updates(args.length, args.batch_size, of_task)
     args.preset_updates = run.count_updates(args.preset["length"], args.preset["batch_size"], of_task)
 
@@ -186,20 +186,20 @@ def main(argv=None):
         for net in (model, prev):
             net.compile(fullgraph=True, dynamic=False)  # a graph of the whole net for each batch size
     abar = alpha_bar(args.schedule).to(device)
-    # The newest checkpoint, or task<k>.pt as update 0 of task k + 1, whichever is further; or a fresh start.
+    # Go on from the newest checkpoint inside a task, or from the end of a task, whichever is further; or start afresh.
     state = run.latest(folder, args.tasks, device) or {
         "task": 1, "update": 0, "model": model.state_dict(), "memory": {}}
     model.load_state_dict(state["model"])
     memory = state["memory"]  # what a method keeps of old tasks beside its model (ER: its buffer)
-    progress = run.Progress(folder, state, args.updates, LOG, device)  # drops the lines of metrics.jsonl after `state`
+    progress = run.Progress(folder, state, args.updates, LOG, device)  # writes metrics.jsonl, first cut back to `state`
 
     for k in range(state["task"], args.tasks + 1):
         index, end = of_task[k - 1], args.updates[k - 1]
         replaying = k > 1
         drawing = replaying and args.source == "generated"
         part_new = 1 / k  # weight of the new images in the loss
-        # DEVIATION: with every task Adam starts afresh, and the norm of the gradient is clipped at 1. So it is in the
-        # released runs; the paper does not say it.
+        # DEVIATION: each task starts a new Adam, and the gradient's norm is clipped at 1, as in the released runs. The
+        # paper mentions neither.
         optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)  # fused: one kernel for all weights
         prev.load_state_dict(model.state_dict())
         log = torch.zeros(end, len(LOG), device=device)  # a row for each update
@@ -220,22 +220,22 @@ def main(argv=None):
             loss = part_new * loss_new + (1 - part_new) * args.lam * loss_replay
             optimizer.zero_grad()
             loss.backward()
-            run.average(*(p.grad for p in model.parameters()))  # over torchrun's processes, with equal shares
+            run.average(*(p.grad for p in model.parameters()))  # over torchrun's processes: that of the whole batch
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             log[u] = torch.stack([loss, loss_new, loss_replay, norm]).detach()
             run.average(log[u])
             saving = run.save_due(args.save_every, u + 1)  # it is time, or Ctrl-C was pressed
-            # Before a record or a save it waits for the device, and stops the run if log or weights are not finite.
+            # Shows and records progress. Before a record or a save (check) it stops the run if a value is not finite.
             progress.step(u + 1, log, model, check=saving)
             if saving:
                 run.save_checkpoint(folder, {
                     "task": k, "update": u + 1, "model": model.state_dict(), "memory": memory, "log": log,
-                    "prev": prev.state_dict(), "optimizer": optimizer.state_dict()})  # this file is enough
+                    "prev": prev.state_dict(), "optimizer": optimizer.state_dict()})  # all that a resumed run needs
 
         reseed("grid")  # the same 64 noises in every run and, drawn on the CPU, on every device
-        with autocast, run.eager():  # 64 images are not worth compiling for
-            x_0 = sample(model, torch.randn(64, *shape).to(device), abar, args.sample_steps)  # in eval mode, then back
+        with autocast, run.eager():  # not worth compiling for; `sample` switches to eval mode and back
+            x_0 = sample(model, torch.randn(64, *shape).to(device), abar, args.sample_steps)
         run.save_picture(folder / "samples" / f"task{k}.png", data.quantize(x_0), columns=8)
         run.save(folder / f"task{k}.pt", {
             "task": k, "model": model.state_dict(), "memory": memory, "config": vars(args)})
