@@ -389,6 +389,7 @@ def read_config(folder, keys):
 
 def save(path, state):
     """torch.save, all or nothing; of several processes the first writes, and all wait for it."""
+    check_memory(state.get("memory"))
     replace(path, lambda file: torch.save(state, file))
     together(dist.barrier)
 
@@ -488,6 +489,7 @@ def save_checkpoint(folder, state):
     """Save `state`, a dict with "task", "update" (how many are done) and whatever else; leave if asked to stop."""
     if rank:
         return
+    check_memory(state.get("memory"))
     if (folder / "checkpoint.pt").exists():
         os.replace(folder / "checkpoint.pt", folder / "checkpoint.old.pt")
     replace(folder / "checkpoint.pt", lambda file: torch.save(state, file))
@@ -611,6 +613,15 @@ def check_finite(log, names, model, task):
         terms = ", ".join(f"{name} {value:g}" for name, value in zip(names, log[u].tolist()))
         raise InputError(f"task {task} has diverged by update {u + 1} ({terms}): lower --lr or use "
                          "--precision fp32, with another --out or --restart; what was saved before is intact")
+
+
+def check_memory(kept):
+    """Stop the run before a save if any number of "memory", however deep in dicts and lists, is not finite."""
+    for part in kept.values() if isinstance(kept, dict) else kept if isinstance(kept, (list, tuple)) else ():
+        check_memory(part)
+    if isinstance(kept, (float, torch.Tensor)) and not torch.as_tensor(kept).isfinite().all():
+        raise InputError("what the method keeps of old tasks, its memory, is not finite: lower --lr, with another "
+                         "--out or --restart; what was saved before is intact")
 
 
 def peak_memory_mb(device):

@@ -424,6 +424,14 @@ def test_diverged_weights_are_not_saved(main, tmp_path):
     assert not (tmp_path / "run/task1.pt").exists()
 
 
+@pytest.mark.parametrize("kept", [{1: [torch.tensor([1.0, float("nan")])]}, {"c": {"2": float("inf")}}])
+def test_a_memory_that_is_not_finite_is_not_saved(tmp_path, kept):
+    for save, path in ((run.save, tmp_path / "task1.pt"), (run.save_checkpoint, tmp_path)):
+        with pytest.raises(run.InputError, match="memory, is not finite"):
+            save(path, {"task": 1, "update": 2, "memory": kept})
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_folder_in_use_is_refused(main, tmp_path):
     process = start(tmp_path, "train_gd.py", "--iterations", "500", "--tasks", "1", "--out", "run")
     wait_for(tmp_path / "run", 1, 1)
