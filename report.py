@@ -594,7 +594,9 @@ def curve_figures(runs):
     if any(r.weighs for r in swept):
         yield "ewc", plot(panels)
 
-    teachers, curves = [r for r in runs if r.teacher_steps and not r.weighs], []
+    teachers, curves = [], []  # of the methods that have several
+    for same in group([r for r in runs if r.teacher_steps and not r.weighs], lambda r: r.title).values():
+        teachers += same * (len({(r.count, r.variant) for r in same}) > 1)
     variants = sorted({r.variant for r in teachers})
     for (title, variant), same in group(teachers, lambda r: (r.title, r.variant)).items():
         look = SimpleNamespace(label=title + variant, colour=same[0].colour, style=STYLES[variants.index(variant)])
