@@ -78,7 +78,7 @@ def get_args(argv=None):
     add("--teacher-solver", choices=["ddim", "ipndm"], help="ipndm (improved PNDM): the eps of a step is extrapolated "
         "from the last four calls, so that fewer are needed (paper: ddim)")
     add("--first-step", choices=["network", "analytic"], help="analytic: one more step, before the others and "
-        "without a call; as x_999 is noise alone, it takes eps = x_T and x_0 = 0, mid-grey (paper: network)")
+        "without a call; as x_T is noise alone, it takes eps = x_T and x_0 = 0, mid-grey (paper: network)")
     length = parser.add_mutually_exclusive_group()  # args.length is ("epochs", [E1, ...]) or ("iterations", [N1, ...])
     length.add_argument("--epochs", type=run.per_task(float, "epochs"), dest="length", metavar="E",
                         help="passes over the images of a task: E, or E1,E2,... (paper: 100; CIFAR-10: 200)")
@@ -126,7 +126,7 @@ def draw(args, prev, abar, shape, k, u):
     return run.gather(x_r, len(x_T))  # the whole batch: `diffuse` draws noise for it, then shares again
 
 
-@torch.no_grad()  # `sample` calls prev so too; with gradients here, prev would be compiled twice
+@torch.no_grad()  # as in `sample`: a compiled prev is compiled anew for each grad mode
 def replay(prev, x_r, abar):
     """The replayed images: noisy x_r_t (B, C, H, W), their times t_r (B,), and what to predict there."""
     x_r_t, t_r, _ = diffuse(x_r, abar)
@@ -267,7 +267,7 @@ def main(argv=None):
             log[u] = torch.stack([loss, loss_new, loss_replay, loss_ewc, norm]).detach()
             run.average(log[u])
             saving = run.save_due(args.save_every, u + 1)  # it is time, or Ctrl-C was pressed
-            # Shows and records progress. Before a record or a save (check) it stops the run if a value is not finite.
+            # Shows and records progress. Before each record, and if `check`, it stops the run if a value is not finite.
             progress.step(u + 1, log, model, check=saving)
             if saving:
                 run.save_checkpoint(folder, {

@@ -51,7 +51,7 @@ COLOUR = {"paper": CIFAR, "small": dict(SMALL, unet="laptop-rgb", flip=True),
 # All other presets are ours. mnist and grey folders take those of fashion-mnist, colour folders those of cifar10.
 PRESETS = {"fashion-mnist": GREY, "shapes": GREY, "cifar10": COLOUR, "cifar100": COLOUR,
            "imagenet100": COLOUR | {"paper": dict(CIFAR, image_size=64)}}
-# Key: args.source, what is replayed, an option below. Value: the first part of the run's name, the title in tables.
+# Key: args.source, what is replayed: see the options. Value: the first part of the run's name, the title in tables.
 METHODS = {"generated": ("gd", "Generative distillation"), "current": ("lwf", "Distil. w/ current data"),
            "noise": ("noise", "Distil. w/ Gaussian noise")}
 
@@ -69,7 +69,7 @@ def get_args(argv=None):
     add("--teacher-solver", choices=["ddim", "ipndm"], help="ipndm (improved PNDM): the eps of a step is extrapolated "
         "from the last four calls, so that fewer are needed (paper: ddim)")
     add("--first-step", choices=["network", "analytic"], help="analytic: one more step, before the others and "
-        "without a call; as x_999 is noise alone, it takes eps = x_T and x_0 = 0, mid-grey (paper: network)")
+        "without a call; as x_T is noise alone, it takes eps = x_T and x_0 = 0, mid-grey (paper: network)")
     length = parser.add_mutually_exclusive_group()  # args.length is ("epochs", [E1, ...]) or ("iterations", [N1, ...])
     length.add_argument("--epochs", type=run.per_task(float, "epochs"), dest="length", metavar="E",
                         help="passes over the images of a task: E, or E1,E2,... (paper: 100; CIFAR-10: 200)")
@@ -88,7 +88,7 @@ def get_args(argv=None):
     info, preset = data.preset(PRESETS, first)  # info: classes, channels; preset: defaults and how many tasks
     preset["lam"] = {"generated": 0.75, "current": 1.25, "noise": 8.0}[first.source]
     if first.source != "generated":
-        preset.update(teacher_steps=None, teacher_solver=None, first_step=None)  # prev draws nothing: refused below
+        preset.update(teacher_steps=None, teacher_solver=None, first_step=None)  # no drawing: run.complete refuses them
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
     # Refuse an option on the command line if its preset is None. Add args.name (of the run's folder), args.preset, ...
@@ -120,7 +120,7 @@ def draw(args, prev, abar, shape, k, u):
     return run.gather(x_r, len(x_T))  # the whole batch: `diffuse` draws noise for it, then shares again
 
 
-@torch.no_grad()  # `sample` calls prev so too; with gradients here, prev would be compiled twice
+@torch.no_grad()  # as in `sample`: a compiled prev is compiled anew for each grad mode
 def replay(args, prev, x_r, x_0, x_t, t, abar):
     """Noisy replayed images x_r_t (N, C, H, W), their times t_r (N,), and what to predict there, (N, C, H, W)."""
     if args.source == "generated":
@@ -226,7 +226,7 @@ def main(argv=None):
             log[u] = torch.stack([loss, loss_new, loss_replay, norm]).detach()
             run.average(log[u])
             saving = run.save_due(args.save_every, u + 1)  # it is time, or Ctrl-C was pressed
-            # Shows and records progress. Before a record or a save (check) it stops the run if a value is not finite.
+            # Shows and records progress. Before each record, and if `check`, it stops the run if a value is not finite.
             progress.step(u + 1, log, model, check=saving)
             if saving:
                 run.save_checkpoint(folder, {
