@@ -492,6 +492,7 @@ def plot(panels, title=""):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     figure.legend(handles.values(), handles, loc="outside right center", frameon=False, fontsize=9)
+    figure.set_figheight(max(3.2, 0.4 + 0.21 * "\n".join(["", *handles]).count("\n")))  # the whole legend fits
     figure.suptitle(title)
     return figure if handles else None
 

@@ -577,7 +577,7 @@ def main(argv=None):
             net.compile(dynamic=False)
             if net is not ema:  # ema classifies the test images, in batches of many sizes
                 net.classify = torch.compile(net.classify, dynamic=False)
-    # The newest checkpoint, or task<k>.pt as update 0 of task k + 1, whichever is further; or a fresh start.
+    # Go on from the newest checkpoint inside a task, or from the end of a task, whichever is further; or start afresh.
     state = run.latest(folder, args.tasks) or {"task": 1, "update": 0}
     job = SimpleNamespace(
         args=args, device=device, autocast=autocast, abar=alpha_bar(args.schedule).to(device), folder=folder,
