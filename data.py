@@ -36,6 +36,7 @@ from torchvision.transforms.v2 import functional as tv
 from tqdm import tqdm
 
 import run
+from ddim import reseed
 from run import InputError
 
 
@@ -181,6 +182,21 @@ def class_tasks(n_classes, tasks, order, seed):
 def indices(y, class_tasks):
     """For each task the indices of its images, (n,) each, in the classes y (N,) of all."""
     return [torch.isin(y, torch.tensor(classes, device=y.device)).nonzero().flatten() for classes in class_tasks]
+
+
+def batches(index, size, begin, end, *key):
+    """Yield u, i for each update u = begin .. end - 1 of a task: i (B,) are the indices of the images that it takes.
+
+    `index` (n,) are the indices of all images of the task. Each pass over them is in another order, of the random
+    stream (*key, pass), so that a resumed run finds the same. The last, smaller batch of a pass is kept.
+    """
+    in_a_pass = math.ceil(len(index) / size)
+    for u in range(begin, end):
+        number, b = divmod(u, in_a_pass)
+        if b == 0 or u == begin:
+            reseed(*key, number)
+            order = index[torch.randperm(len(index), device=index.device)]
+        yield u, order[b * size:(b + 1) * size]
 
 
 def resize(images, side):

@@ -117,6 +117,15 @@ def add_arguments(parser):
     add("--restart", action="store_true", help="delete what the run folder holds and start over")
 
 
+def add_length(parser, paper):
+    """The arguments --epochs and --iterations, of which one may be given; `paper` is the paper's number of epochs."""
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--epochs", type=per_task(float, "epochs"), dest="length", metavar="E",
+        help=f"passes over the images of a task: E, or E1,E2,... (paper: {paper})")
+    add("--iterations", type=per_task(int, "iterations"), dest="length", metavar="N",
+        help="updates of a task, in place of epochs: N, or N1,N2,...")
+
+
 def positive(kind, most=sys.float_info.max, zero=False):
     """A type for argparse: an int or float above 0 (or 0, if `zero`) and at most `most`, by default all but inf."""
     def parse(text):
@@ -186,23 +195,27 @@ def run_name(base, departs, scale):
     return "-".join(re.sub(r"[^\w.-]+", "_", tag) for tag in [base, *tags])
 
 
-def complete(args, parser, info, preset, method):
-    """Check args against the preset, and write into them what config.json is to tell other scripts.
+def parse(argv, parser, info, preset, methods):
+    """The arguments of a train script, and among them what config.json is to tell other scripts.
 
-    info is the dataset's, see data.py; method has a name and a title. args.base, with which the run's name begins, is
-    the name and those of the arguments COUNTS that apply. In a preset None means that an argument does not apply.
+    The preset's values are their defaults; None means that an argument does not apply and may not be given. info is the
+    dataset's, see data.py, methods are {args.source: (name, title)}. args.base, with which the run's name begins, is
+    the method's name and those of the arguments COUNTS that apply.
     """
+    parser.set_defaults(**preset)
+    args = parser.parse_args(argv)
     for key, value in preset.items():
         if value is None and getattr(args, key) is not None:
             parser.error(f"--{key.replace('_', '-')} does nothing beside the other arguments: leave it out")
     args.departs = departures(parser, args)
-    args.method, args.title = method
+    args.method, args.title = methods[args.source]
     if "length" in args.departs and len(args.length[1]) > args.tasks:  # a preset may state more than --tasks leaves
         parser.error(f"--{args.length[0]} takes at most one value for each of the {args.tasks} tasks")
     args.base = "-".join([args.method, *(str(vars(args)[key]) for key in COUNTS if vars(args).get(key))])
     args.name = run_name(args.base, args.departs, args.scale)
     args.class_names, args.dataset_name, args.dataset_title = info.classes, info.name, info.title
     args.preset, args.script = preset, parser.prog
+    return args
 
 
 # ----------------------------------------------------------------------------------- device, speed, processes

@@ -68,11 +68,7 @@ def get_args(argv=None):
     add("--pool", type=run.positive(int), metavar="N", help="of a run: draw N images in each task and replay them "
         "again and again (small: 6400), in place of new ones in every update (paper)")
     add("--replay-loss", choices=["paper", "reversed"], help="of a run: Equation 12 (default), or as the released code")
-    length = parser.add_mutually_exclusive_group()  # args.length is ("epochs", [E1, ...]) or ("iterations", [N1, ...])
-    length.add_argument("--epochs", type=run.per_task(float, "epochs"), dest="length", metavar="E",
-                        help="passes over a task: E, or E1,E2,... (paper: 20)")
-    length.add_argument("--iterations", type=run.per_task(int, "iterations"), dest="length", metavar="N",
-                        help="updates of a task, in place of epochs: N, or N1,N2,... (small: 900, of a run 900,250)")
+    run.add_length(parser, paper="20")  # --epochs, --iterations: args.length, e.g. ("epochs", [20.0])
     add("--data-dir", help="where the dataset lies or is downloaded to (default: the run's, else data)")
     add("--device", default="auto", help="auto (CUDA, else mps, else cpu), cpu, mps, cuda or cuda:<i>")
     add("--restart", action="store_true", help="start over, whatever classifier.json holds")
@@ -254,7 +250,6 @@ def main(argv=None):
 
     for k in range(1, tasks + 1):
         index, since = of_task[k - 1].to(device), time.perf_counter()
-        epoch_length = math.ceil(len(index) / BATCH)  # the last, smaller batch is kept
         replaying = args.run and k > 1
         part_new = 1 / k if replaying else 1.0  # weight of the new images in the loss
         optimizer = torch.optim.Adam(model.parameters(), LR, fused=True)  # afresh, nothing clipped
@@ -265,13 +260,9 @@ def main(argv=None):
             reseed(args.seed, "classifier", "pool", k)
             pool = torch.cat([draw(BATCH) for _ in range(math.ceil(args.pool / BATCH))])[:args.pool]
 
-        for u in tqdm(range(updates[k - 1]), desc=f"task {k}/{tasks}", disable=None, leave=False):
-            epoch, b = divmod(u, epoch_length)
-            if b == 0:
-                reseed(args.seed, "classifier", "order", k, epoch)
-                order = index[torch.randperm(len(index)).to(device)]
+        each = data.batches(index, BATCH, 0, updates[k - 1], args.seed, "classifier", "order", k)
+        for u, i in tqdm(each, desc=f"task {k}/{tasks}", total=updates[k - 1], disable=None, leave=False):
             reseed(args.seed, "classifier", k, u)
-            i = order[b * BATCH:(b + 1) * BATCH]
             x_0, y = data.normalize(data.random_mirror(images[i], args.flip)), labels[i]
             x_r = None
             if replaying:

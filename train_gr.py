@@ -15,7 +15,6 @@ Without arguments it is the paper's run on Fashion-MNIST, for a GPU. A minute an
 """
 
 import copy
-import math
 
 import torch
 import torch.nn.functional as F
@@ -70,11 +69,7 @@ def get_args(argv=None):
         "from the last four calls, so that fewer are needed (paper: ddim)")
     add("--first-step", choices=["network", "analytic"], help="analytic: one more step, before the others and "
         "without a call; as x_T is noise alone, it takes eps = x_T and x_0 = 0, mid-grey (paper: network)")
-    length = parser.add_mutually_exclusive_group()  # args.length is ("epochs", [E1, ...]) or ("iterations", [N1, ...])
-    length.add_argument("--epochs", type=run.per_task(float, "epochs"), dest="length", metavar="E",
-                        help="passes over the images of a task: E, or E1,E2,... (paper: 100; CIFAR-10: 200)")
-    length.add_argument("--iterations", type=run.per_task(int, "iterations"), dest="length", metavar="N",
-                        help="updates of a task, in place of epochs: N, or N1,N2,...")
+    run.add_length(parser, paper="100; CIFAR-10: 200")  # --epochs, --iterations: args.length, e.g. ("epochs", [100.0])
     add("--batch-size", type=run.positive(int), help="images of the current task per update (paper: 128; CIFAR-10: 64)")
     add("--lr", type=run.positive(float), help="learning rate of Adam (paper: 2e-4)")
     add("--unet", choices=list(NETS), help="network (default: by --dataset and --scale)")
@@ -83,15 +78,13 @@ def get_args(argv=None):
         "x_999 is noise alone (default, as in the released runs)")
     run.add_arguments(parser)  # those of every train script: --scale, --seed, --compile, ...
 
-    # A first parse finds the preset. Its values become the parser's defaults, so that the command line wins.
+    # A first parse finds the preset. In a second one its values are the defaults, so that the command line wins.
     first = parser.parse_args(argv)
     info, preset = data.preset(PRESETS, first)  # info: classes, channels; preset: defaults and how many tasks
     if first.source != "generated":
-        preset.update(teacher_steps=None, teacher_solver=None, first_step=None)  # no drawing: run.complete refuses them
-    parser.set_defaults(**preset)
-    args = parser.parse_args(argv)
-    # Refuse an option on the command line if its preset is None. Add args.name (of the run's folder), args.preset, ...
-    run.complete(args, parser, info, preset, METHODS[args.source])
+        preset.update(teacher_steps=None, teacher_solver=None, first_step=None)  # no drawing: run.parse refuses them
+    # run.parse refuses an option whose preset is None, and adds args.name (of the run's folder), args.preset, ...
+    args = run.parse(argv, parser, info, preset, METHODS)
     if bool(args.buffer_size) != (args.source == "buffer") or (args.buffer_size or args.tasks) < args.tasks - 1:
         parser.error(f"--replay buffer goes with a --buffer-size of at least {max(1, args.tasks - 1)}, one a past task")
     if why := why_unfit(args.unet, info.channels, args.image_size):
@@ -153,20 +146,6 @@ def losses(model, x_t, t, eps, replayed):
 
 # ------------------------------------------------------------------------------------------------------ train
 
-def batches(args, index, k, begin, end):
-    """Yield u, i for each update u = begin .. end - 1 of task k: i (B,) are the indices of the images that it takes.
-
-    `index` (n,) are the indices of all images of the task.
-    """
-    epoch_length = math.ceil(len(index) / args.batch_size)  # the last, smaller batch is kept
-    for u in range(begin, end):
-        epoch, b = divmod(u, epoch_length)
-        if b == 0 or u == begin:
-            reseed(args.seed, "order", k, epoch)  # so that a resumed run finds the same order
-            order = index[torch.randperm(len(index), device=index.device)]
-        yield u, order[b * args.batch_size:(b + 1) * args.batch_size]
-
-
 def main(argv=None):
     args = get_args(argv)
     device, autocast = run.start(args)  # joins torchrun's processes; settles --precision auto and --compile
@@ -219,7 +198,8 @@ def main(argv=None):
             log.copy_(state["log"])  # the next line of metrics.jsonl is a mean that needs these rows
 
         progress.begin(k, state["update"])  # a new live line; stop here if Ctrl-C was pressed between tasks
-        for u, i in batches(args, index, k, state["update"], end):
+        # u: number of the update; i (B,): which images it takes. Each pass over the task is in another random order.
+        for u, i in data.batches(index, args.batch_size, state["update"], end, args.seed, "order", k):
             with autocast, run.eager(len(i) < args.batch_size):  # an epoch's last, smaller batch: uncompiled
                 x_r = draw(args, prev, abar, (len(i), *shape), k, u) if drawing else None
                 reseed(args.seed, "noise", k, u)

@@ -101,7 +101,7 @@ def get_args(argv=None):
     add("--eval-every", type=run.positive(int), help="updates between two evaluations (paper: 500)")
     run.add_arguments(parser)
 
-    # A first parse finds the preset. Its values become the parser's defaults, so that the command line wins.
+    # A first parse finds the preset. In a second one its values are the defaults, so that the command line wins.
     first = parser.parse_args(argv)
     info, preset = data.preset(PRESETS, first)  # info: classes, channels; preset: defaults and the number of tasks
     two_stages = ["kd_weighting", "local_init", "global_iterations", "classifier_start"]
@@ -115,11 +115,8 @@ def get_args(argv=None):
         idle += ["labels", *two_stages]
     if first.no_kd:
         idle += ["kd_weighting"]
-    preset.update(dict.fromkeys(idle))  # None: it does not apply, and `complete` refuses it
-    parser.set_defaults(**preset)
-    args = parser.parse_args(argv)
-    # Refuse options that would do nothing. Add args.preset, args.departs (what was typed in its place), args.name.
-    run.complete(args, parser, info, preset, METHODS[args.source])
+    preset.update(dict.fromkeys(idle))  # None: it does not apply, and `run.parse` refuses it
+    args = run.parse(argv, parser, info, preset, METHODS)  # adds args.name; args.departs: what differs from preset
     args.class_tasks = data.class_tasks(len(info.classes), args.tasks, args.class_order, args.seed)
     args.schedule = "jdcl"
     for key, most in ("local_iterations", args.tasks), ("global_iterations", max(1, args.tasks - 1)):

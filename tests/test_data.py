@@ -88,6 +88,19 @@ def test_class_orders():
         assert words in refusal(data.class_tasks, 10, tasks, order, 0)
 
 
+def test_batches():
+    """A pass has every image once and its smaller batch last, the next one another order; the updates can be cut."""
+    index = torch.arange(100, 110)
+    every = [(u, i.tolist()) for u, i in data.batches(index, 4, 0, 6, 42, "order", 1)]
+    assert [u for u, _ in every] == [*range(6)] and [len(i) for _, i in every] == [4, 4, 2] * 2
+    first, second = (sum((i for _, i in every[pass_:pass_ + 3]), []) for pass_ in (0, 3))
+    assert sorted(first) == sorted(second) == index.tolist() and first != second
+    for begin, end in (1, 5), (3, 6), (5, 6):
+        assert [(u, i.tolist()) for u, i in data.batches(index, 4, begin, end, 42, "order", 1)] == every[begin:end]
+    (_, other), = data.batches(index, 4, 0, 1, 42, "order", 2)
+    assert other.tolist() != every[0][1], "another task, another order"
+
+
 def test_names_and_digests(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in "pets", "shapes":
