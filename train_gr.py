@@ -24,7 +24,7 @@ import run
 from ddim import T, alpha_bar, q_sample, reseed, sample
 from unet import NETS, UNet, why_unfit
 
-# Columns of the log. The run stops if the first, the loss, or the last, the gradient's norm, is not finite.
+# Columns of the log. The run stops if its first (the loss) or its last (the gradient's norm) is not finite.
 LOG = ("loss", "loss_new", "loss_replay", "gradient_norm")
 
 # -------------------------------------------------------------------------------------------------- arguments
@@ -65,10 +65,10 @@ def get_args(argv=None):
     add("--buffer-size", type=run.positive(int), help="images the buffer holds in total (paper: 10, 100, 1000)")
     add("--teacher-steps", type=run.positive(int, T - 1), help="DDIM steps to a replayed image, each with a call of "
         "the previous model (paper: 2, CIFAR-10 10)")  # T - 1, as --first-step may add one
-    add("--teacher-solver", choices=["ddim", "ipndm"], help="ipndm (improved PNDM): the eps of a step is extrapolated "
-        "from the last four calls, so that fewer are needed (paper: ddim)")
-    add("--first-step", choices=["network", "analytic"], help="analytic: one more step, before the others and "
-        "without a call; as x_T is noise alone, it takes eps = x_T and x_0 = 0, mid-grey (paper: network)")
+    add("--teacher-solver", choices=["ddim", "ipndm"], help="ipndm (improved PNDM): a step's eps is extrapolated from "
+        "its own call and the three before, so that fewer steps are needed (paper: ddim)")
+    add("--first-step", choices=["network", "analytic"], help="analytic: one more step comes first, without a "
+        "call: as x_T is noise alone, it takes eps = x_T and x_0 = 0, mid-grey (paper: network)")
     run.add_length(parser, paper="100; CIFAR-10: 200")  # --epochs, --iterations: args.length, e.g. ("epochs", [100.0])
     add("--batch-size", type=run.positive(int), help="images of the current task per update (paper: 128; CIFAR-10: 64)")
     add("--lr", type=run.positive(float), help="learning rate of Adam (paper: 2e-4)")
@@ -114,7 +114,7 @@ def draw(args, prev, abar, shape, k, u):
     return run.gather(x_r, len(x_T))  # the whole batch: `diffuse` draws noise for it, then shares again
 
 
-@torch.no_grad()  # as in `sample`: a compiled prev is compiled anew for each grad mode
+@torch.no_grad()  # as `sample` has it too, a compiled prev is compiled once, not for two grad modes
 def replay(args, x_r, x_0, kept, abar):
     """Noisy replayed images x_r_t (N, C, H, W), their times t_r (N,), and what to predict there, (N, C, H, W)."""
     if args.source == "buffer":
@@ -137,7 +137,7 @@ def losses(model, x_t, t, eps, replayed):
 
     DEVIATION: means over all elements, as in the released runs; the paper writes squared norms.
     """
-    if replayed is None:  # as in task 1
+    if replayed is None:  # always in task 1
         return F.mse_loss(model(x_t, t), eps), eps.new_zeros(())  # a tensor, for the log
     x_r_t, t_r, target_r = replayed
     pred = model(torch.cat([x_t, x_r_t]), torch.cat([t, t_r]))  # one forward for both: of B + N images
@@ -156,7 +156,7 @@ def main(argv=None):
     if args.source == "all":
         of_task = [torch.cat(of_task[:k]) for k in range(1, args.tasks + 1)]  # the images of all tasks so far are new
     shape = images.shape[1:]  # (C, H, W)
-    # Updates of each task, for config.json. report.py calls a run shortened if it has fewer than its preset.
+    # Updates of each task. By those of the preset report.py finds out whether a run is shortened.
     args.updates = run.count_updates(args.length, args.batch_size, of_task)
     args.preset_updates = run.count_updates(args.preset["length"], args.preset["batch_size"], of_task)
 
@@ -173,12 +173,12 @@ def main(argv=None):
         for net in (model, prev):
             net.compile(fullgraph=True, dynamic=False)  # a graph of the whole net for each batch size
     abar = alpha_bar(args.schedule).to(device)
-    # Go on from the newest checkpoint inside a task, or from the end of a task, whichever is further; or start afresh.
+    # Go on from the newest checkpoint inside a task, or in the task after the last whole one: the further; or afresh.
     state = run.latest(folder, args.tasks, device) or {
         "task": 1, "update": 0, "model": model.state_dict(), "memory": {}}
     model.load_state_dict(state["model"])
     memory = state["memory"]  # what a method keeps of old tasks beside its model (ER: its buffer)
-    progress = run.Progress(folder, state, args.updates, LOG, device)  # writes metrics.jsonl, first cut back to `state`
+    progress = run.Progress(folder, state, args.updates, LOG, device)  # metrics.jsonl; drops its lines after `state`
 
     for k in range(state["task"], args.tasks + 1):
         index, end = of_task[k - 1], args.updates[k - 1]
@@ -197,7 +197,7 @@ def main(argv=None):
             optimizer.load_state_dict(state["optimizer"])
             log.copy_(state["log"])  # the next line of metrics.jsonl is a mean that needs these rows
 
-        progress.begin(k, state["update"])  # a new live line; stop here if Ctrl-C was pressed between tasks
+        progress.begin(k, state["update"])  # a new progress bar; stops here if Ctrl-C was pressed between tasks
         # u: number of the update; i (B,): which images it takes. Each pass over the task is in another random order.
         for u, i in data.batches(index, args.batch_size, state["update"], end, args.seed, "order", k):
             with autocast, run.eager(len(i) < args.batch_size):  # an epoch's last, smaller batch: uncompiled
@@ -215,7 +215,7 @@ def main(argv=None):
             optimizer.step()
             log[u] = torch.stack([loss, loss_new, loss_replay, norm]).detach()
             run.average(log[u])
-            saving = run.save_due(args.save_every, u + 1)  # it is time, or Ctrl-C was pressed
+            saving = run.save_due(args.save_every, u + 1)  # every so many minutes or updates, and on Ctrl-C
             # Shows and records progress. Before each record, and if `check`, it stops the run if a value is not finite.
             progress.step(u + 1, log, model, check=saving)
             if saving:
