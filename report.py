@@ -20,7 +20,6 @@ import contextlib
 import importlib
 import itertools
 import json
-import math
 import operator
 import platform
 import re
@@ -487,8 +486,12 @@ def plot(panels, title=""):
                 handles[textwrap.fill(r.label, 40)] = axes.errorbar(
                     [*points], *zip(*points.values()), fmt=r.style if len(points) < 20 else "-",
                     color=r.colour, markersize=4, capsize=3, errorevery=max(1, len(points) // 20))
-        axes.set(ylim=(0, None), xlim=(None if x_label == "task" else 0, None))
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=x_label == "task"))
+        axes.set_ylim(0)
+        if x_label in ("--ewc", "teacher calls in an update"):
+            axes.set_xscale("log")
+        else:
+            axes.set_xlim(None if x_label == "task" else 0)
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=x_label == "task"))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     figure.legend(handles.values(), handles, loc="outside right center", frameon=False, fontsize=9)
@@ -587,11 +590,11 @@ def curve_figures(runs):
     beside = [r for r in plain if r.method == "gd" and r.usual]
     panels = []
     for metric in quality, "afrd", "frd_forgetting":
-        curves = [(same[0], {math.log10(weight): pick(some, metric, last) for weight, some in
-                             group(same, lambda r: r.ewc).items()}) for same in bases(swept)]
+        curves = [(same[0], {weight: pick(some, metric, last) for weight, some in group(same, lambda r: r.ewc).items()})
+                  for same in bases(swept)]
         weights = {x for _, points in curves for x in points}
         curves += [(same[0], dict.fromkeys(weights, pick(same, metric, last))) for same in bases(beside)]
-        panels.append(("log10 of --ewc", METRICS[metric][0], curves))
+        panels.append(("--ewc", METRICS[metric][0], curves))
     if any(r.weighs for r in swept):
         yield "ewc", plot(panels)
 
