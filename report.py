@@ -486,7 +486,7 @@ def plot(panels, title=""):
                 handles[textwrap.fill(r.label, 40)] = axes.errorbar(
                     [*points], *zip(*points.values()), fmt=r.style if len(points) < 20 else "-",
                     color=r.colour, markersize=4, capsize=3, errorevery=max(1, len(points) // 20))
-        axes.set_ylim(0)
+        axes.set_ylim(None if axes.dataLim.ymin < 0 else 0)  # forgetting may be below 0
         if x_label in ("--ewc", "teacher calls in an update"):
             axes.set_xscale("log")
         else:
