@@ -232,12 +232,12 @@ def test_jdcl(gpu, monkeypatch, more):
 
 
 def test_what_comes_after_a_run(gpu, monkeypatch):
-    """train_classifier.py, where no update may wait but an epoch's first, and eval_fid.py, with a small net for FID."""
-    def updates(numbers, **more):
-        for u in numbers:
-            yield u
-            assert u % 4 == 0 or not gpu.waits, f"within an update the host waits for {gpu.waits}"
-            gpu.waits.clear()
+    """train_classifier.py, where no update may wait, and eval_fid.py, with a small net for FID."""
+    def updates(batches, **more):
+        gpu.waits.clear()
+        for batch in batches:
+            yield batch
+            assert not gpu.waits, f"within an update the host waits for {gpu.waits}"
 
     gpu.run("train_gd.py", *TWO_TASKS, "--iterations", "1", "--batch-size", "8", "--out", "run")
     monkeypatch.setattr(train_classifier, "tqdm", updates)
