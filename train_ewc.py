@@ -16,7 +16,7 @@ weights back along one direction.
 Masip et al., "Continual Learning of Diffusion Models with Generative Distillation", arXiv 2311.14028, Section 3.
 Wang et al., arXiv 2509.23593v2, Section 3: there c mu mu^T with c = E[(mu . g)^2] / |mu|^4, which is the same.
 
-Without arguments it is train_gd.py's run on Fashion-MNIST with EWC, for a GPU. A quick look, no download:
+Its defaults are the paper's for Fashion-MNIST, on a GPU. A few minutes on a laptop, no download:
 
     python train_ewc.py --dataset shapes --scale laptop
 """

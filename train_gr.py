@@ -9,7 +9,7 @@ new ones. The model learns to denoise the new images and the drawn ones, whose e
 
 Masip et al., "Continual Learning of Diffusion Models with Generative Distillation", arXiv 2311.14028, Section 3.
 
-Without arguments it is the paper's run on Fashion-MNIST, for a GPU. A minute and a half on a laptop, no download:
+Its defaults are the paper's for Fashion-MNIST, on a GPU. A minute and a half on a laptop, no download:
 
     python train_gr.py --dataset shapes --scale laptop
 """
