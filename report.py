@@ -8,7 +8,7 @@ arXiv 2411.08224: its tables at second hand, Figures 4 and 5.
 
     python report.py runs/                       tables to stdout and runs/report.md, figures to runs/*.png
     python report.py runs/ --save results/       besides, a small JSON file of each run, to be committed
-    python report.py results/ --out runs/        the same tables from those files alone
+    python report.py results/ --out runs/report  the same tables from those files alone
     python report.py --rows "Table 1" | sh       train and evaluate what runs/ and results/ lack of Table 1
 
 All that is asked of a run stands in its folder, so a new method needs no line here. Complete runs alone stand beside

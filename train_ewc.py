@@ -187,7 +187,7 @@ def main(argv=None):
     images, labels = (x.to(device) for x in data.load_images(args.dataset, "train", args.data_dir, args.image_size))
     of_task = data.indices(labels, args.class_tasks)  # for each task the indices of its images
     shape = images.shape[1:]  # (C, H, W)
-    # Updates of each task. By those of the preset report.py finds out whether a run is shortened.
+    # Updates of each task: of this run, and of its preset, by which report.py sees whether a run is shortened.
     args.updates = run.count_updates(args.length, args.batch_size, of_task)
     args.preset_updates = run.count_updates(args.preset["length"], args.preset["batch_size"], of_task)
 
@@ -204,7 +204,7 @@ def main(argv=None):
         for net in (model, prev):
             net.compile(fullgraph=True, dynamic=False)  # a graph of the whole net for each batch size
     abar = alpha_bar(args.schedule).to(device)
-    # Go on from the newest checkpoint inside a task, or in the task after the last whole one: the further; or afresh.
+    # Where the run stands: at a checkpoint inside a task, after a whole task (whichever is further), or at the start.
     state = run.latest(folder, args.tasks, device) or {
         "task": 1, "update": 0, "model": model.state_dict(), "memory": {}}
     model.load_state_dict(state["model"])

@@ -574,7 +574,7 @@ def main(argv=None):
             net.compile(dynamic=False)
             if net is not ema:  # ema classifies the test images, in batches of many sizes
                 net.classify = torch.compile(net.classify, dynamic=False)
-    # Go on from the newest checkpoint inside a task, or in the task after the last whole one: the further; or afresh.
+    # Where the run stands: at a checkpoint inside a task, after a whole task (whichever is further), or at the start.
     state = run.latest(folder, args.tasks) or {"task": 1, "update": 0}
     job = SimpleNamespace(
         args=args, device=device, autocast=autocast, abar=alpha_bar(args.schedule).to(device), folder=folder,

@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import shutil
+from types import SimpleNamespace
 
 import claim
 import numpy as np
@@ -568,11 +569,23 @@ def test_quality_over_the_weight_of_ewc(tmp_path):
     assert list(drawn) == ["figure4", "figureB2", "denoise", "lambda", "ewc"] and drawn["lambda"] is None
     gd, *curves = [bars[0].get_xydata() for bars in drawn["ewc"].axes[0].containers[::-1]]
     xs = [150, 15000]
+    assert {axes.get_xscale() for axes in drawn["ewc"].axes} == {"log"}
     np.testing.assert_allclose(gd, [(x, 77) for x in xs])
     np.testing.assert_allclose(sorted(curve[0, 1] for curve in curves), [150 + 65.5, 150 + 155.5])
     for curve in curves:
         np.testing.assert_allclose(curve[:, 0], xs)
         assert curve[1, 1] - curve[0, 1] == pytest.approx(15000 - 150)
+
+
+def test_a_plot_shows_every_value_and_its_whole_legend():
+    """From 0 on, or from below a negative value; as high as its many labels."""
+    looks = [SimpleNamespace(label=f"method {i}", colour="k", style="o-") for i in range(30)]
+    for low, bottom in (2.0, 0), (0.0, 0), (-1.0, -2):
+        figure = report.plot([("task", "y", [(look, {1: [low], 2: [5.0]}) for look in looks])])
+        assert bottom <= figure.axes[0].get_ylim()[0] <= min(0, low)
+        figure.draw_without_rendering()
+        box, whole = figure.legends[0].get_window_extent(), figure.bbox
+        assert whole.y0 <= box.y0 and box.y1 <= whole.y1
 
 
 def test_quality_over_the_calls_of_the_teacher(tmp_path):
